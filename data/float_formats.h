@@ -1,0 +1,48 @@
+// bfloat16, float16 and E4M3 (fn: no infinity, codes 127 and 255 are NaN, largest 448) to and from float32.
+// Rounding is to nearest, ties to even; E4M3 saturates at +-448. Checked against torch's casts (tests/golden).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace dsa {
+
+inline float bits_to_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+inline uint32_t float_to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+
+inline float bf16_to_float(uint16_t b) { return bits_to_float(static_cast<uint32_t>(b) << 16); }
+
+inline uint16_t float_to_bf16(float f) {
+  const uint32_t u = float_to_bits(f);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40u);  // NaN stays NaN
+  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+float f16_to_float(uint16_t h);
+
+const float* e4m3_table();  // [256]
+inline float e4m3_to_float(uint8_t code) { return e4m3_table()[code]; }
+
+inline uint8_t float_to_e4m3(float f) {
+  const uint32_t u = float_to_bits(f);
+  const uint32_t sign = (u >> 24) & 0x80u, a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) return static_cast<uint8_t>(sign | 0x7fu);
+  if (a >= 0x43e00000u) return static_cast<uint8_t>(sign | 0x7eu);  // |f| >= 448
+  uint32_t code;
+  if (a >= 0x3c800000u)  // |f| >= 2^-6, normal: keep 3 bits of mantissa, move the bias from 127 to 7
+    code = ((a + 0x7ffffu + ((a >> 20) & 1u)) >> 20) - (120u << 3);
+  else  // steps of 2^-9: adding 2^14 leaves exactly those steps in the mantissa
+    code = float_to_bits(bits_to_float(a) + 16384.0f) - 0x46800000u;
+  return static_cast<uint8_t>(sign | code);
+}
+
+}  // namespace dsa
