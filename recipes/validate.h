@@ -1,5 +1,5 @@
-// The checks that one field's type cannot express. load_recipe calls the first; the trainer calls the other two once
-// it knows the number of ranks and the model's config.json. Each throws RecipeError with all problems at once.
+// The checks that one field's type cannot express. load_recipe calls the first two; the trainer calls the others once
+// it knows the number of ranks and the model's config.json. Those throw RecipeError with all problems at once.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,12 @@
 
 namespace dsa {
 
-// Ranges, and what the stage needs or would ignore. Returns instead of throwing: load_recipe adds its own problems.
+// Ranges of what is there, and what contradicts the stage or would be ignored by it. The two that load_recipe calls
+// return instead of throwing: it has problems of its own to add.
 std::vector<Problem> find_problems(const ResolvedRecipe& resolved);
+
+// What the recipe should have said.
+std::vector<Problem> find_missing(const ResolvedRecipe& resolved);
 
 // The mesh: tensor * context divides world, expert divides world, the batch and the sequence split evenly.
 void check_world(const ResolvedRecipe& resolved, int64_t world);
