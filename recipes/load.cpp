@@ -5,12 +5,15 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <stdexcept>
+#include <utility>
 
 #include "recipe.pb.h"
 #include "recipes/assign.h"
@@ -74,11 +77,21 @@ class Loader {
     if (all_read) {
       for (Problem& problem : find_missing(out)) problems_.push_back(std::move(problem));
     }
-    if (!problems_.empty()) throw RecipeError(std::move(problems_));
+    if (!problems_.empty()) throw RecipeError(in_reading_order(std::move(problems_)));
     return out;
   }
 
  private:
+  // Files in the order of their first problem, their lines ascending; the command line where it was found.
+  static std::vector<Problem> in_reading_order(std::vector<Problem> problems) {
+    std::map<std::string, int> rank;
+    for (const Problem& problem : problems) rank.emplace(problem.where.file, static_cast<int>(rank.size()));
+    std::stable_sort(problems.begin(), problems.end(), [&](const Problem& a, const Problem& b) {
+      return std::pair(rank[a.where.file], a.where.line) < std::pair(rank[b.where.file], b.where.line);
+    });
+    return problems;
+  }
+
   // asked_from: the `extends` that names this file (line 0: the command line).
   void read_file(const std::string& path, const Location& asked_from, const std::string& origin_kind) {
     std::error_code ignored;  // reading the file says what is wrong with the path
