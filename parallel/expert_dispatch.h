@@ -3,8 +3,9 @@
 //
 //   out_n = sum over k of weights[n,k] * expert_{experts[n,k]}(x_n)
 //
-// Expert e lives on rank e / (num_experts / group size) of the group. A token goes once to each rank that has any of its
-// experts (deduplicated), however many it has there. No capacity: nothing is padded, no token is dropped. On the way back the expert's rank forms the weighted sum of its experts for the token, so one row returns.
+// Expert e lives on rank e / (num_experts / group size) of the group. A token goes once to each rank that has any of
+// its experts (deduplicated), however many it has there. No capacity: nothing is padded, no token is dropped. On the
+// way back the expert's rank forms the weighted sum of its experts for the token, so one row returns.
 // Sums: first over the experts of one rank in ascending order, then over ranks in ascending order; in fp32 for
 // bf16, rounded at each of the two steps.
 //
@@ -15,9 +16,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/intrusive_ptr.h>
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "parallel/communicator.h"
@@ -33,6 +34,10 @@ class ExpertDispatch {
   /// range or repeated, other shapes or dtypes, and num_experts that the group's size does not divide.
   ExpertDispatch(const at::Tensor& experts_NK, const at::Tensor& weights_NK, int64_t num_experts, Communicator& group);
 
+  ~ExpertDispatch();
+  ExpertDispatch(const ExpertDispatch&) = delete;
+  ExpertDispatch& operator=(const ExpertDispatch&) = delete;
+
   /// x_NH -> rows_MH: what this rank's experts compute, sorted by local expert, then source rank, then token.
   /// Differentiable. Once per object.
   at::Tensor dispatch(const at::Tensor& x_NH);
@@ -44,7 +49,7 @@ class ExpertDispatch {
   at::Tensor combine(const at::Tensor& y_MH);
 
  private:
-  std::shared_ptr<const ExpertRouting> routing_;
+  c10::intrusive_ptr<ExpertRouting> routing_;
   at::Tensor weights_NK_;
   at::Tensor link_;  // ties combine's node to dispatch's, so that both run in backward on every rank
 };

@@ -1,0 +1,265 @@
+#include "parallel/mpi_communicator.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/minimum.h>
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <numeric>
+#include <stdexcept>
+
+namespace dsa {
+
+namespace {
+
+// Below this an all-reduce gathers everything and adds on every rank: one exchange instead of two, the same bits.
+constexpr int64_t kSmallReduceBytes = 4096;
+
+int64_t row_bytes(const at::Tensor& x) {
+  int64_t bytes = static_cast<int64_t>(x.element_size());
+  for (int64_t d = 1; d < x.dim(); ++d) bytes *= x.size(d);
+  return bytes;
+}
+
+at::Tensor rows_like(const at::Tensor& x, int64_t rows) {
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape[0] = rows;
+  return at::empty(shape, x.options());
+}
+
+/// pieces [parts, n] -> [n], rank after rank.
+at::Tensor reduce_pieces(const at::Tensor& pieces, Reduction reduction) {
+  const auto dtype = pieces.scalar_type();
+  const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
+  at::Tensor sum = pieces.select(0, 0).to(half ? at::kFloat : dtype, /*non_blocking=*/false, /*copy=*/true);
+  for (int64_t r = 1; r < pieces.size(0); ++r) {
+    const at::Tensor piece = pieces.select(0, r);
+    if (reduction == Reduction::SUM)
+      sum.add_(piece);
+    else
+      sum = reduction == Reduction::MAX ? at::maximum(sum, piece) : at::minimum(sum, piece);
+  }
+  return sum.to(dtype);
+}
+
+std::string describe(const char* call, const at::Tensor& x, bool rows_may_differ = false) {
+  std::string text = std::string(call) + " of " + c10::toString(x.scalar_type()) + " [";
+  for (int64_t d = 0; d < x.dim(); ++d)
+    text += (d ? ", " : "") + (d == 0 && rows_may_differ ? std::string("*") : std::to_string(x.size(d)));
+  return text + "]";
+}
+
+}  // namespace
+
+MpiCommunicator::MpiCommunicator(MPI_Comm comm, std::string name, bool check_calls, int64_t max_message)
+    : Communicator(std::move(name), [comm] { int r; MPI_Comm_rank(comm, &r); return r; }(),
+                   [comm] { int s; MPI_Comm_size(comm, &s); return s; }(), at::kCPU),
+      comm_(comm), check_calls_(check_calls), max_message_(max_message) {
+  MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
+}
+
+MpiCommunicator::~MpiCommunicator() {
+  int finalized = 0;
+  MPI_Finalized(&finalized);
+  // Freeing is collective: while an exception passes the other ranks may never come.
+  if (!finalized && std::uncaught_exceptions() == 0) MPI_Comm_free(&comm_);
+}
+
+void MpiCommunicator::must(int mpi_result, const char* what) const {
+  if (mpi_result == MPI_SUCCESS) return;
+  char reason[MPI_MAX_ERROR_STRING];
+  int length = 0;
+  MPI_Error_string(mpi_result, reason, &length);
+  throw std::runtime_error(std::string(what) + " failed in the " + name() + " group on its rank " +
+                           std::to_string(rank()) + " (MPI says: " + std::string(reason, length) +
+                           ") the ranks disagree about this call or one of them has died; look for an earlier error");
+}
+
+void MpiCommunicator::exchange(const std::vector<Block>& send, const std::vector<Block>& recv) {
+  if (send[rank()].bytes > 0) std::memcpy(recv[rank()].data, send[rank()].data, send[rank()].bytes);
+  struct Expected {
+    int source;
+    int bytes;
+  };
+  std::vector<MPI_Request> requests;
+  std::vector<Expected> expected;  // parallel to the receives, which come first in `requests`
+  // An empty block is a message too: otherwise a rank that sends where nothing is expected would go unnoticed.
+  auto for_messages = [&](const Block& block, auto&& post) {
+    int64_t done = 0;
+    do {
+      const int bytes = static_cast<int>(std::min(max_message_, block.bytes - done));
+      post(block.data + done, bytes);
+      done += bytes;
+    } while (done < block.bytes);
+  };
+  for (int step = 1; step < size(); ++step) {
+    const int source = (rank() - step + size()) % size();
+    for_messages(recv[source], [&](char* data, int bytes) {
+      must(MPI_Irecv(data, bytes, MPI_BYTE, source, 0, comm_, &requests.emplace_back()), "receiving");
+      expected.push_back({source, bytes});
+    });
+  }
+  for (int step = 1; step < size(); ++step) {
+    const int target = (rank() + step) % size();
+    for_messages(send[target], [&](char* data, int bytes) {
+      must(MPI_Isend(data, bytes, MPI_BYTE, target, 0, comm_, &requests.emplace_back()), "sending");
+    });
+  }
+  std::vector<MPI_Status> statuses(requests.size());
+  const int result = MPI_Waitall(static_cast<int>(requests.size()), requests.data(), statuses.data());
+  if (result == MPI_ERR_IN_STATUS) {
+    for (const MPI_Status& status : statuses)
+      if (status.MPI_ERROR != MPI_ERR_PENDING) must(status.MPI_ERROR, "an exchange");
+  }
+  must(result, "an exchange");
+  for (size_t i = 0; i < expected.size(); ++i) {
+    int bytes = 0;
+    MPI_Get_count(&statuses[i], MPI_BYTE, &bytes);
+    if (bytes != expected[i].bytes)
+      throw std::runtime_error("an exchange failed in the " + name() + " group (rank " +
+                               std::to_string(expected[i].source) + " sent " + std::to_string(bytes) + " bytes, rank " +
+                               std::to_string(rank()) + " expected " + std::to_string(expected[i].bytes) +
+                               ") the ranks disagree about this call; run with call checking on to see both sides");
+  }
+}
+
+void MpiCommunicator::check_call(const std::string& call, const std::vector<int64_t>& send_counts,
+                                 const std::vector<int64_t>& recv_counts) {
+  if (!check_calls_) return;
+  constexpr size_t kText = 240;
+  struct Header {
+    int64_t rows;  // what the sender is about to send to the receiver of this header
+    char text[kText];
+  };
+  Header mine = {};
+  std::strncpy(mine.text, call.c_str(), kText - 1);
+  std::vector<Header> out(size(), mine), in(size());
+  for (size_t r = 0; r < send_counts.size(); ++r) out[r].rows = send_counts[r];
+  std::vector<Block> send, recv;
+  for (int r = 0; r < size(); ++r) {
+    send.push_back({reinterpret_cast<char*>(&out[r]), sizeof(Header)});
+    recv.push_back({reinterpret_cast<char*>(&in[r]), sizeof(Header)});
+  }
+  exchange(send, recv);
+  std::string problem;
+  for (int r = 0; r < size() && problem.empty(); ++r) {
+    if (std::strcmp(in[r].text, mine.text) != 0)
+      problem = "rank " + std::to_string(r) + " calls " + in[r].text + ", rank " + std::to_string(rank()) + " calls " +
+                mine.text;
+    else if (!recv_counts.empty() && in[r].rows != recv_counts[r])
+      problem = call + ": rank " + std::to_string(r) + " sends " + std::to_string(in[r].rows) + " rows, rank " +
+                std::to_string(rank()) + " expects " + std::to_string(recv_counts[r]);
+  }
+  // One rank's complaint stops all of them: nobody is left waiting for data.
+  int bad = problem.empty() ? 0 : 1, any = 0;
+  must(MPI_Allreduce(&bad, &any, 1, MPI_INT, MPI_MAX, comm_), "comparing calls");
+  if (any)
+    throw std::runtime_error("ranks of the " + name() + " group disagree (" +
+                             (problem.empty() ? "seen by another rank during " + call : problem) +
+                             ") all ranks of a group must make the same calls in the same order");
+}
+
+at::Tensor MpiCommunicator::do_all_gather_v(const at::Tensor& x, const std::vector<int64_t>& counts) {
+  std::string call = describe("all_gather", x, /*rows_may_differ=*/true);
+  for (int64_t count : counts) call += " " + std::to_string(count);
+  check_call(call);
+  at::Tensor y = rows_like(x, std::accumulate(counts.begin(), counts.end(), int64_t{0}));
+  const int64_t bytes = row_bytes(x);
+  std::vector<Block> send, recv;
+  char* to = static_cast<char*>(y.data_ptr());
+  for (int64_t count : counts) {
+    send.push_back({static_cast<char*>(x.data_ptr()), x.size(0) * bytes});
+    recv.push_back({to, count * bytes});
+    to += count * bytes;
+  }
+  exchange(send, recv);
+  return y;
+}
+
+at::Tensor MpiCommunicator::do_reduce_scatter(const at::Tensor& x) {
+  check_call(describe("reduce_scatter", x));
+  at::Tensor pieces = at::empty_like(x);
+  const int64_t bytes = x.size(0) / size() * row_bytes(x);
+  std::vector<Block> send, recv;
+  for (int r = 0; r < size(); ++r) {
+    send.push_back({static_cast<char*>(x.data_ptr()) + r * bytes, bytes});
+    recv.push_back({static_cast<char*>(pieces.data_ptr()) + r * bytes, bytes});
+  }
+  exchange(send, recv);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape[0] /= size();
+  return reduce_pieces(pieces.view({size(), x.numel() / size()}), Reduction::SUM).view(shape);
+}
+
+at::Tensor MpiCommunicator::do_all_reduce(const at::Tensor& x, Reduction reduction) {
+  static constexpr const char* kCalls[] = {"all_reduce SUM", "all_reduce MAX", "all_reduce MIN"};
+  check_call(describe(kCalls[static_cast<int>(reduction)], x));
+  const int64_t n = x.numel(), item = static_cast<int64_t>(x.element_size());
+  char* from = static_cast<char*>(x.data_ptr());
+  std::vector<Block> send, recv;
+  if (n * item <= kSmallReduceBytes) {
+    at::Tensor pieces = at::empty({size(), n}, x.options());
+    for (int r = 0; r < size(); ++r) {
+      send.push_back({from, n * item});
+      recv.push_back({static_cast<char*>(pieces.data_ptr()) + r * n * item, n * item});
+    }
+    exchange(send, recv);
+    return reduce_pieces(pieces, reduction).view(x.sizes());
+  }
+  // Each rank reduces its range of elements, then all gather the ranges.
+  at::Tensor y = at::empty_like(x);
+  char* to = static_cast<char*>(y.data_ptr());
+  const int64_t base = n / size(), longer = n % size();
+  auto begin = [&](int r) { return r * base + std::min<int64_t>(r, longer); };
+  const int64_t own = begin(rank() + 1) - begin(rank());
+  at::Tensor pieces = at::empty({size(), own}, x.options());
+  for (int r = 0; r < size(); ++r) {
+    send.push_back({from + begin(r) * item, (begin(r + 1) - begin(r)) * item});
+    recv.push_back({static_cast<char*>(pieces.data_ptr()) + r * own * item, own * item});
+  }
+  exchange(send, recv);
+  const at::Tensor reduced = reduce_pieces(pieces, reduction);
+  for (int r = 0; r < size(); ++r) {
+    send[r] = {static_cast<char*>(reduced.data_ptr()), own * item};
+    recv[r] = {to + begin(r) * item, (begin(r + 1) - begin(r)) * item};
+  }
+  exchange(send, recv);
+  return y;
+}
+
+at::Tensor MpiCommunicator::do_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
+                                          const std::vector<int64_t>& recv_counts) {
+  check_call(describe("all_to_all", x, /*rows_may_differ=*/true), send_counts, recv_counts);
+  at::Tensor y = rows_like(x, std::accumulate(recv_counts.begin(), recv_counts.end(), int64_t{0}));
+  const int64_t bytes = row_bytes(x);
+  char* from = static_cast<char*>(x.data_ptr());
+  char* to = static_cast<char*>(y.data_ptr());
+  std::vector<Block> send, recv;
+  for (int r = 0; r < size(); ++r) {
+    send.push_back({from, send_counts[r] * bytes});
+    recv.push_back({to, recv_counts[r] * bytes});
+    from += send_counts[r] * bytes;
+    to += recv_counts[r] * bytes;
+  }
+  exchange(send, recv);
+  return y;
+}
+
+void MpiCommunicator::do_broadcast(at::Tensor& x, int root) {
+  check_call(describe("broadcast", x) + " from " + std::to_string(root));
+  char* data = static_cast<char*>(x.data_ptr());
+  const int64_t bytes = static_cast<int64_t>(x.nbytes());
+  for (int64_t done = 0; done < bytes; done += max_message_)
+    must(MPI_Bcast(data + done, static_cast<int>(std::min(max_message_, bytes - done)), MPI_BYTE, root, comm_),
+         "a broadcast");
+}
+
+void MpiCommunicator::do_barrier() {
+  check_call("barrier");
+  must(MPI_Barrier(comm_), "a barrier");
+}
+
+}  // namespace dsa
