@@ -36,7 +36,7 @@ class HfFolder {
   // The stored bytes, undecoded.
   void read_raw(const std::string& name, uint64_t offset, uint64_t bytes, void* out) const;
 
-  // Throws one InputError that lists missing tensors, unexpected tensors and wrong shapes. The indexer's tensors
+  // Throws one InputError that lists missing tensors, unexpected tensors, wrong shapes and dtypes. The indexer's tensors
   // are expected when this folder is V3.2, and are not when it is V3.1, whatever config.indexer says.
   void check_against(const ModelConfig& config) const;
 
