@@ -51,8 +51,4 @@ class CheckpointReader {
   std::unique_ptr<Impl> impl_;
 };
 
-/// The steps of a run that have a checkpoint folder, ascending; their folder is checkpoint_folder(run_folder, step).
-std::vector<int64_t> checkpoint_steps(const std::string& run_folder);
-std::string checkpoint_folder(const std::string& run_folder, int64_t step);
-
 }  // namespace dsa

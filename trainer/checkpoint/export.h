@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "data/hf_folder_writer.h"
 #include "trainer/checkpoint/weight_source.h"
 
 namespace dsa {
@@ -14,7 +15,7 @@ namespace dsa {
 struct ExportOptions {
   std::optional<HfFormat> format;  ///< default: V32 when the source has an indexer, else V31
   HfDtype dtype = HfDtype::FP8;
-  uint64_t max_shard_bytes = 5'000'000'000;
+  uint64_t max_shard_bytes = kDefaultShardBytes;
 };
 
 /// Bytes written so far, bytes in all, and the tensor just done.

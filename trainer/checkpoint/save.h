@@ -23,7 +23,7 @@ class Communicator;
 struct SaveResult {
   bool committed = false;
   std::string path;     ///< of the checkpoint, when committed
-  std::string error;    ///< why not, with the rank, when not committed
+  std::string error;    ///< why not, with the rank; when committed: what could not be tidied up afterwards, else empty
   uint64_t bytes = 0;   ///< of all shard files together
   double seconds = 0;
 };

@@ -29,6 +29,8 @@ class WeightSource {
   virtual std::string digest() const = 0;
   /// The HF folder in which `name` lies as it was released (never trained since); null when it was trained.
   virtual const HfFolder* raw(const std::string& name) const = 0;
+  /// The HF folder underneath it all, whose tokenizer files belong to the model; "" when there is none.
+  virtual std::string hf_folder() const = 0;
 };
 
 /// `path`: HF folder, native checkpoint or run folder (its newest valid checkpoint). Throws InputError: none of these,
