@@ -39,6 +39,7 @@ class TokenDataset {
   Sample held_out(int64_t i) const;                 // 0 <= i < held_out_samples()
   int64_t stream_index(int64_t global_index) const;  // which sample of the stream that is
 
+  std::string tokenizer_sha256() const;  // of the sources; empty: they do not say
   std::string digest() const;  // of all sources, the length and the hold-out: what a resumed run must find again
 
  private:

@@ -1,0 +1,65 @@
+// dsatrain probe: run a model over given tokens and write down everything that another implementation can be
+// compared with (trainer/probe.h).
+#include <CLI/CLI.hpp>
+
+#include <cstdlib>
+#include <map>
+#include <memory>
+
+#include "parallel/mesh.h"
+#include "tools/commands.h"
+#include "trainer/probe.h"
+
+namespace dsa {
+namespace {
+
+struct Arguments {
+  ProbeOptions options;
+  std::string attention, dtype;
+  Degrees degrees;
+};
+
+int run_probe(Arguments a, int* argc, char*** argv) {
+  a.options.attention = a.attention == "sparse" ? AttentionMode::SPARSE : AttentionMode::DENSE;
+  a.options.model_options.dtype = a.dtype == "fp64" ? at::kDouble : a.dtype == "bf16" ? at::kBFloat16 : at::kFloat;
+  std::unique_ptr<MpiSession> mpi;
+  if (std::getenv("OMPI_COMM_WORLD_SIZE") || a.degrees.tensor * a.degrees.context * a.degrees.expert > 1)
+    mpi = std::make_unique<MpiSession>(argc, argv);
+  const auto work = [&] {
+    const int world = mpi ? mpi->size() : 1, sequence = a.degrees.tensor * a.degrees.context;
+    a.degrees.data = std::max(world / sequence, 1);
+    Mesh mesh(a.degrees);
+    probe(a.options, mesh);
+    if (mesh.rank() == 0) std::printf("wrote %s\n", a.options.out.c_str());
+    return 0;
+  };
+  return mpi ? report_errors_under_mpi(mpi->rank(), work) : report_errors(work);
+}
+
+}  // namespace
+
+void add_probe_command(CLI::App& app, std::function<int()>& run, int* argc, char*** argv) {
+  CLI::App* c = app.add_subcommand("probe", "Run a model over given tokens and write its inner values, to compare a port");
+  auto a = std::make_shared<Arguments>();
+  ProbeOptions& o = a->options;
+  c->add_option("--model", o.model, "HF folder, native checkpoint or run folder")->required();
+  c->add_option("--tokens", o.tokens, "safetensors file with input_ids, int32 [batch, time]")->required();
+  c->add_option("--attention", a->attention, "dense or sparse")->required()->check(CLI::IsMember({"dense", "sparse"}));
+  c->add_option("--dtype", a->dtype, "fp64, fp32 or bf16")->required()->check(CLI::IsMember({"fp64", "fp32", "bf16"}));
+  c->add_option("--out", o.out, "safetensors file to write; must not exist")->required();
+  c->add_flag("--gradients", o.gradients, "also the gradients of the LM loss and of the indexer's loss");
+  c->add_option("--tensor", a->degrees.tensor, "tensor-parallel degree (under mpirun)");
+  c->add_option("--context", a->degrees.context, "context-parallel degree (under mpirun)");
+  c->add_option("--expert", a->degrees.expert, "expert-parallel degree (under mpirun)");
+  c->add_option("--indexer-from", o.indexer_from, "safetensors file with indexer tensors under their released names");
+  c->add_option("--indexer-seed", o.indexer_seed, "a random indexer where the model has none");
+  c->add_option("--indexer-heads", o.indexer_heads, "heads of that indexer (default: the file's, or 64)");
+  c->add_option("--indexer-head-dim", o.indexer_head_dim, "its head dim (default: the file's, or 128)");
+  c->add_option("--top-k", o.top_k, "keys selected per query (default: the model's, or 2048)");
+  c->add_option("--query-block", o.query_block, "query rows of one score tile")->check(CLI::PositiveNumber);
+  c->add_flag("--hadamard", o.model_options.hadamard, "rotate the indexer's queries and keys");
+  c->add_flag("--mtp-pre-norm", o.model_options.mtp_pre_norm, "feed MTP the hidden state before the final norm");
+  c->callback([a, &run, argc, argv] { run = [a, argc, argv] { return run_probe(*a, argc, argv); }; });
+}
+
+}  // namespace dsa

@@ -1,0 +1,62 @@
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "data/error.h"
+#include "parallel/mesh.h"
+#include "recipes/error.h"
+#include "tools/commands.h"
+#include "trainer/run_failure.h"
+
+namespace dsa {
+namespace {
+
+// The message and exit code of the exception in flight.
+std::pair<std::string, int> describe_current() {
+  try {
+    throw;
+  } catch (const RecipeError& e) {
+    return {e.what(), 2};
+  } catch (const std::invalid_argument& e) {
+    return {std::string("error: ") + e.what(), 2};
+  } catch (const InputError& e) {
+    return {std::string("error: ") + e.what(), 3};
+  } catch (const RunFailure& e) {
+    return {std::string("error: ") + e.what(), e.exit_code()};
+  } catch (const std::exception& e) {
+    return {std::string("internal error: ") + e.what(), 70};
+  }
+}
+
+}  // namespace
+
+int report_errors(const std::function<int()>& work) {
+  try {
+    return work();
+  } catch (...) {
+    const auto [message, code] = describe_current();
+    const char* rank = std::getenv("OMPI_COMM_WORLD_RANK");
+    if (!rank || std::atoi(rank) == 0) std::fprintf(stderr, "%s\n", message.c_str());
+    return code;
+  }
+}
+
+int report_errors_under_mpi(int rank, const std::function<int()>& work) {
+  try {
+    return work();
+  } catch (...) {
+    const auto [message, code] = describe_current();
+    // When all ranks fail alike, rank 0 speaks and ends them; one that fails alone lives long enough to say so.
+    if (rank != 0) std::this_thread::sleep_for(std::chrono::seconds(2));
+    std::fprintf(stderr, rank == 0 ? "%s\n" : "[rank %2$d] %1$s\n", message.c_str(), rank);
+    std::fflush(nullptr);
+    MpiSession::abort(code);
+  }
+}
+
+}  // namespace dsa

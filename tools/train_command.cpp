@@ -1,0 +1,66 @@
+// dsatrain train RECIPE: all stages; resumes by itself from its run folder. Run it under mpirun.
+#include <CLI/CLI.hpp>
+
+#include <ATen/Parallel.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+
+#include "parallel/mesh.h"
+#include "recipes/validate.h"
+#include "tools/commands.h"
+#include "trainer/trainer.h"
+
+namespace dsa {
+namespace {
+
+int threads_of_rank(int wanted) {
+  if (wanted > 0) return wanted;
+  if (const char* omp = std::getenv("OMP_NUM_THREADS")) return std::max(std::atoi(omp), 1);
+  cpu_set_t visible;
+  CPU_ZERO(&visible);
+  sched_getaffinity(0, sizeof visible, &visible);
+  const char* local = std::getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
+  return std::max(CPU_COUNT(&visible) / (local ? std::max(std::atoi(local), 1) : 1), 1);
+}
+
+int run_train(const std::string& path, const std::vector<std::string>& sets, int* argc, char*** argv) {
+  // The recipe is checked before MPI starts, so that a mistake is said once and costs nothing.
+  std::unique_ptr<ResolvedRecipe> recipe;
+  const int refused = report_errors([&] {
+    recipe = std::make_unique<ResolvedRecipe>(load_recipe(path, sets));
+    const char* world = std::getenv("OMPI_COMM_WORLD_SIZE");
+    check_world(*recipe, world ? std::atoi(world) : 1);
+    return 0;
+  });
+  if (refused) return refused;
+  const Recipe& r = recipe->recipe;
+  at::set_num_threads(threads_of_rank(r.compute.threads));
+  MpiSession mpi(argc, argv);
+  return report_errors_under_mpi(mpi.rank(), [&] {
+    Degrees degrees;
+    degrees.tensor = static_cast<int>(r.parallel.tensor);
+    degrees.context = static_cast<int>(r.parallel.context);
+    degrees.expert = static_cast<int>(r.parallel.expert);
+    degrees.data = mpi.size() / (degrees.tensor * degrees.context);
+    Mesh mesh(degrees);
+    Trainer(*recipe, mesh).run();
+    return 0;
+  });
+}
+
+}  // namespace
+
+void add_train_command(CLI::App& app, std::function<int()>& run, int* argc, char*** argv) {
+  CLI::App* c = app.add_subcommand("train", "Train: PRETRAIN, WARMUP or SPARSE, as the recipe says; resumes by itself");
+  auto path = std::make_shared<std::string>();
+  auto sets = std::make_shared<std::vector<std::string>>();
+  c->add_option("recipe", *path, "recipe file (.textproto)")->required();
+  c->add_option("--set", *sets, "path=value, wins over the files; may be repeated")->allow_extra_args(false);
+  c->callback([=, &run] { run = [=] { return run_train(*path, *sets, argc, argv); }; });
+}
+
+}  // namespace dsa

@@ -1,0 +1,152 @@
+// N own rows, T context rows, B rows of a block, S stream keys, H local heads, J indexer heads, K selected keys
+#include "trainer/indexer_loss.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "kernels/indexer_kl/indexer_kl.h"
+#include "kernels/indexer_logits/indexer_logits.h"
+#include "kernels/dense_mla/dense_mla.h"
+
+namespace dsa {
+namespace {
+
+constexpr int64_t kRecallRows = 32;  // rows a context rank measures the sparse stage's recall on
+
+double total(const at::Tensor& x) { return x.to(at::kDouble).sum().item<double>(); }
+
+// Accumulates block gradients, then sends them through the projections into the parameters.
+struct ProjectionGradient {
+  const IndexerProjection& p;
+  at::Tensor dq_NJD, dk_SD, dw_NJ;
+
+  explicit ProjectionGradient(const IndexerProjection& projection) : p(projection) {
+    const auto options = p.w_NJ.options().requires_grad(false);
+    dq_NJD = at::zeros(p.q_NJD.sizes(), options);
+    dk_SD = at::zeros(p.k_SD.sizes(), options);
+    dw_NJ = at::zeros(p.w_NJ.sizes(), options);
+  }
+  void add(const IndexerGradients& g, int64_t row, int64_t rows, KeyRange keys) {
+    dq_NJD.narrow(0, row, rows).add_(g.dq_TJD);
+    dk_SD.narrow(0, keys.first, keys.count).add_(g.dk_SD);
+    dw_NJ.narrow(0, row, rows).add_(g.dw_TJ);
+  }
+  void backward() const {
+    torch::autograd::backward({p.q_NJD, p.k_SD, p.w_NJ},
+                              {dq_NJD.to(p.q_NJD.scalar_type()), dk_SD.to(p.k_SD.scalar_type()),
+                               dw_NJ.to(p.w_NJ.scalar_type())});
+  }
+};
+
+void record(const ForwardPass& pass, const std::string& name, int64_t layer, std::vector<at::Tensor> blocks) {
+  if (pass.recorder) pass.recorder->rows_N[name + "." + std::to_string(layer) + ".rows"] = at::cat(blocks);
+}
+
+}  // namespace
+
+void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection& projection, const at::Tensor& q_THD,
+                        const at::Tensor& k_SHD, const at::Tensor& lse_TH, const ForwardPass& pass) {
+  const IndexerProjection p{projection.q_NJD.detach(), projection.k_SD.detach(), projection.w_NJ.detach()};
+  const bool learns = projection.q_NJD.requires_grad();
+  ProjectionGradient gradient(projection);
+  LayerReport& report = pass.report.layers[target.layer];
+  Communicator& tensor = target.mesh.along(Axis::TENSOR);
+  const TokenBatch& b = pass.batch;
+  const int64_t own = p.q_NJD.size(0);
+  const int64_t step = std::max<int64_t>(pass.plan.query_block / tensor.size(), 1);
+  std::vector<at::Tensor> recorded;
+  {
+    const c10::NoGradGuard no_grad;
+    for (int64_t i = 0; i < own; i += step) {
+      const int64_t n = std::min(step, own - i);
+      // The same n rows of every tensor rank: each holds some heads of all of them, and owns n for the indexer.
+      std::vector<at::Tensor> parts;
+      for (int64_t r = 0; r < tensor.size(); ++r) parts.push_back(at::arange(r * own + i, r * own + i + n, at::kLong));
+      const at::Tensor rows = at::cat(parts);
+      const at::Tensor start = b.start_T.index_select(0, rows), end = b.end_T.index_select(0, rows);
+      const KeyRange keys = key_range(start, end);
+      const at::Tensor mass = attention_mass(q_THD.index_select(0, rows), k_SHD.narrow(0, keys.first, keys.count),
+                                             lse_TH.index_select(0, rows), start - keys.first, end - keys.first,
+                                             target.scale);
+      const at::Tensor p_BS = tensor.reduce_scatter(mass) / static_cast<double>(target.all_heads);
+
+      const at::Tensor start_B = b.start_N.narrow(0, i, n) - keys.first, end_B = b.end_N.narrow(0, i, n) - keys.first;
+      const at::Tensor q = p.q_NJD.narrow(0, i, n), w = p.w_NJ.narrow(0, i, n);
+      const at::Tensor k = p.k_SD.narrow(0, keys.first, keys.count);
+      const at::Tensor scores = indexer_logits(q, k, w, start_B, end_B);
+      const KlRows kl = indexer_kl(scores, p_BS, learns);
+      const at::Tensor real = b.real_N.narrow(0, i, n);
+      report.kl += total(kl.rows_T * real);
+      report.entropy += total(kl.entropy_prediction_T * real);
+      report.recall += total(captured_mass(p_BS, topk_select(scores, target.top_k)) * real);
+      report.recall_rows += total(real);
+      report.kl_rows += total(real);
+      recorded.push_back(kl.rows_T);
+      if (learns)
+        gradient.add(indexer_logits_backward(kl.gradient_TX * (real * pass.plan.kl_scale).unsqueeze(1), q, k, w, start_B,
+                                             end_B), i, n, keys);
+    }
+  }
+  record(pass, "warmup", target.layer, std::move(recorded));
+  if (learns) gradient.backward();
+}
+
+void sparse_indexer_loss(const IndexerLossTarget& target, const IndexerProjection& projection, const TopK& selection,
+                         const at::Tensor& mass_TK, const at::Tensor& q_THE, const at::Tensor& kv_SE,
+                         const ForwardPass& pass) {
+  const IndexerProjection p{projection.q_NJD.detach(), projection.k_SD.detach(), projection.w_NJ.detach()};
+  const bool learns = projection.q_NJD.requires_grad();
+  ProjectionGradient gradient(projection);
+  LayerReport& report = pass.report.layers[target.layer];
+  Communicator& tensor = target.mesh.along(Axis::TENSOR);
+  const TokenBatch& b = pass.batch;
+  const int64_t own = p.q_NJD.size(0);
+  std::vector<at::Tensor> recorded;
+  {
+    const c10::NoGradGuard no_grad;
+    const at::Tensor p_NK = tensor.reduce_scatter(mass_TK) / static_cast<double>(target.all_heads);
+    for (int64_t i = 0; i < own; i += pass.plan.query_block) {
+      const int64_t n = std::min(pass.plan.query_block, own - i);
+      const at::Tensor q = p.q_NJD.narrow(0, i, n), w = p.w_NJ.narrow(0, i, n);
+      const at::Tensor indices = selection.indices_TK.narrow(0, b.owned_first + i, n);
+      const KlRows kl = indexer_kl(indexer_logits_selected(q, p.k_SD, w, indices), p_NK.narrow(0, i, n), learns);
+      const at::Tensor real = b.real_N.narrow(0, i, n);
+      report.kl += total(kl.rows_T * real);
+      report.entropy += total(kl.entropy_prediction_T * real);
+      report.kl_rows += total(real);
+      recorded.push_back(kl.rows_T);
+      if (learns)
+        gradient.add(indexer_logits_selected_backward(kl.gradient_TX * (real * pass.plan.kl_scale).unsqueeze(1), q, p.k_SD,
+                                                      w, indices), i, n, {0, p.k_SD.size(0)});
+    }
+
+    // Recall: the share of the full attention's mass that the selected keys hold, on evenly spaced rows.
+    const int64_t rows_T = q_THE.size(0), sampled = std::min(kRecallRows, rows_T);
+    const at::Tensor rows = (at::arange(1, sampled + 1, at::kLong) * rows_T).div(sampled, "floor") - 1;
+    const at::Tensor start = b.start_T.index_select(0, rows), end = b.end_T.index_select(0, rows);
+    const KeyRange keys = key_range(start, end);
+    const at::Tensor kv = kv_SE.narrow(0, keys.first, keys.count).to(b.real_N.scalar_type());
+    at::Tensor s_RHS = (q_THE.index_select(0, rows).to(kv.scalar_type()).matmul(kv.t())) * target.scale;
+    const at::Tensor key = at::arange(keys.first, keys.first + keys.count, at::kLong).unsqueeze(0);
+    const at::Tensor hidden = (key < start.unsqueeze(1)).logical_or(key >= end.unsqueeze(1));
+    s_RHS.masked_fill_(hidden.unsqueeze(1), -std::numeric_limits<double>::infinity());
+    const at::Tensor p_RS = tensor.all_reduce(s_RHS.softmax(2).sum(1)) / static_cast<double>(target.all_heads);
+    const at::Tensor picked = selection.indices_TK.index_select(0, rows).to(at::kLong);
+    const at::Tensor held = p_RS.gather(1, (picked - keys.first).clamp_min(0)) * (picked >= 0);
+    report.recall += total(held) / tensor.size();
+    report.recall_rows += static_cast<double>(sampled) / tensor.size();
+  }
+  record(pass, "sparse", target.layer, std::move(recorded));
+  if (learns) gradient.backward();
+}
+
+}  // namespace dsa

@@ -1,0 +1,40 @@
+#include "trainer/router_bias.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/stack.h>
+#include <c10/core/GradMode.h>
+
+namespace dsa {
+namespace {
+
+// [MoE layers, experts] tokens over all ranks, fp64; undefined without MoE layers.
+at::Tensor global_load(const ModelReport& report, Mesh& mesh) {
+  std::vector<at::Tensor> rows;
+  for (const LayerReport& l : report.layers)
+    if (l.expert_rows_E.defined()) rows.push_back(l.expert_rows_E);
+  if (rows.empty()) return {};
+  return mesh.along(Axis::WORLD).all_reduce(at::stack(rows)).to(at::kDouble);
+}
+
+}  // namespace
+
+void update_router_bias(ParameterList& list, const ModelReport& report, double speed, Mesh& mesh) {
+  if (speed == 0) return;
+  const c10::NoGradGuard no_grad;
+  const at::Tensor load_LE = global_load(report, mesh);
+  if (!load_LE.defined()) return;
+  // Buffers were declared layer by layer, as the report's MoE layers stand.
+  for (size_t l = 0; l < list.buffers.size(); ++l) {
+    const at::Tensor load = load_LE[static_cast<int64_t>(l)];
+    at::Tensor& bias = list.buffers[l].value;
+    bias.add_((load.mean() - load).sign().to(bias.scalar_type()), speed);
+  }
+}
+
+std::optional<double> expert_load_max_over_mean(const ModelReport& report, Mesh& mesh) {
+  const at::Tensor load_LE = global_load(report, mesh);
+  if (!load_LE.defined()) return std::nullopt;
+  return (load_LE.amax(1) / load_LE.mean(1)).max().item<double>();
+}
+
+}  // namespace dsa

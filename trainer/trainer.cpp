@@ -1,0 +1,291 @@
+#include "trainer/trainer.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/sign.h>
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <chrono>
+#include <csignal>
+
+#include "recipes/validate.h"
+#include "trainer/checkpoint/run_lock.h"
+#include "trainer/checkpoint/save.h"
+#include "trainer/lr_schedule.h"
+#include "trainer/router_bias.h"
+#include "trainer/run_failure.h"
+#include "trainer/stage.h"
+
+namespace dsa {
+namespace {
+
+constexpr int64_t kMaxSkippedInARow = 5, kMaxFailedSaves = 3;
+
+volatile std::sig_atomic_t stop_requested = 0;
+void request_stop(int) { stop_requested = 1; }
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+at::ScalarType dtype_of(Precision p) {
+  return p == Precision::FP64 ? at::kDouble : p == Precision::BF16 ? at::kBFloat16 : at::kFloat;
+}
+
+// Sums the numbers over all ranks.
+std::vector<double> sum_over(Communicator& group, std::vector<double> numbers) {
+  const at::Tensor mine = at::from_blob(numbers.data(), {static_cast<int64_t>(numbers.size())}, at::kDouble);
+  const at::Tensor all = group.all_reduce(mine);
+  return {all.data_ptr<double>(), all.data_ptr<double>() + numbers.size()};
+}
+
+double max_over(Communicator& group, double number) {
+  return group.all_reduce(at::from_blob(&number, {1}, at::kDouble), Reduction::MAX).item<double>();
+}
+
+int64_t peak_memory_bytes() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return usage.ru_maxrss * 1024;
+}
+
+AdamOptions adam_options(const Recipe::Optimizer& o) {
+  return {o.beta1, o.beta2, o.eps, o.weight_decay, o.decay_norms, o.clip};
+}
+
+}  // namespace
+
+Trainer::Trainer(const ResolvedRecipe& recipe, Mesh& mesh)
+    : resolved_(recipe),
+      recipe_(resolved_.recipe),
+      mesh_(mesh),
+      start_(find_starting_point(resolved_, mesh)),
+      dataset_(open_dataset(recipe_, start_.config, mesh.rank() == 0 && !start_.resume)),
+      loader_(*dataset_, recipe_, mesh.coordinates().data, mesh.layout().degrees().data),
+      model_(start_.config, {dtype_of(recipe_.compute.precision), recipe_.model.indexer.hadamard,
+                             recipe_.loss.mtp_hidden == MtpHidden::PRE_NORM}, mesh),
+      born_(now()) {
+  if (start_.resume) check_continues(*start_.resume, recipe_, start_.config, *dataset_);
+  mesh_.along(Axis::WORLD).barrier();  // every rank has checked everything before the folder is touched
+  if (mesh_.rank() == 0) {
+    lock_ = std::make_unique<RunLock>(recipe_.run.folder);
+    console_ = std::make_unique<Console>(stdout, recipe_.run.log_every);
+    announce(start_);
+  }
+  model_.parameters().set_trainable(ParameterGroup::BACKBONE, recipe_.stage != StageKind::WARMUP);
+  model_.parameters().set_trainable(ParameterGroup::INDEXER, true);
+  optimizer_ = std::make_unique<ShardedAdamW>(model_.parameters(), mesh_, adam_options(recipe_.optimizer));
+  const InitialWeights weights(start_.source, start_.random_indexer, recipe_.init.std, recipe_.init.seed);
+  weights.fill(model_.parameters(), /*frozen_only=*/true);
+  if (start_.resume) {
+    const TrainingState& state = start_.resume->state();
+    optimizer_->load(*start_.resume);
+    done_ = state.step;
+    skipped_ = static_cast<int64_t>(state.scalars.at("skipped"));
+    optimizer_->set_steps(done_ - skipped_);
+    last_checkpoint_ = start_.resume->path();
+  } else {
+    optimizer_->initialise(weights);
+  }
+  if (mesh_.rank() == 0) metrics_ = std::make_unique<MetricsWriter>(recipe_.run.folder, done_ + 1);
+}
+
+Trainer::~Trainer() = default;
+
+StepReport Trainer::step(int64_t number) {
+  const double begin = now();
+  // 1 the batch: a pure function of the step
+  const Microbatches batches = loader_.training(number);
+  const double loaded = now();
+  std::vector<double> counts(start_.config.num_nextn_predict_layers + 1, 0);
+  for (const auto& samples : batches) {
+    const std::vector<int64_t> n = count_targets(samples, start_.config.num_nextn_predict_layers);
+    for (size_t d = 0; d < n.size(); ++d) counts[d] += static_cast<double>(n[d]);
+  }
+  counts = sum_over(mesh_.along(Axis::DATA), counts);
+  const std::vector<int64_t> targets(counts.begin(), counts.end());
+  const StagePlan plan = plan_step(recipe_, start_.config, targets[0]);
+
+  // 2, 3 forward and backward; the indexers' gradients come with the forward pass
+  ModelReport report = model_.report();
+  for (const auto& samples : batches) {
+    const TokenBatch batch = make_batch(samples, start_.config, mesh_, model_.options().dtype);
+    const at::Tensor loss = model_.forward({batch, plan, report});
+    if (loss.defined()) loss.backward();
+    optimizer_->accumulate();
+  }
+
+  // 4, 5 sums over ranks, norms; all ranks agree whether the step counts
+  const GradientNorms norms = optimizer_->reduce();
+  StepReport result = assemble(report, targets, norms);
+
+  // 6 update
+  const double factor = lr_factor(recipe_.schedule, recipe_.optimizer.lr, number);
+  if (norms.finite()) {
+    optimizer_->step(norms, recipe_.optimizer.lr * factor, recipe_.optimizer.indexer_lr * factor);
+    if (plan.train_backbone) update_router_bias(model_.parameters(), report, recipe_.loss.router_bias_speed, mesh_);
+    skipped_in_a_row_ = 0;
+  } else {
+    ++skipped_;
+    ++skipped_in_a_row_;
+  }
+  done_ = number;
+
+  // 7 report
+  result.step = number;
+  if (plan.train_backbone) result.lr = recipe_.optimizer.lr * factor;
+  if (plan.train_indexer) result.indexer_lr = recipe_.optimizer.indexer_lr * factor;
+  result.skipped_total = skipped_;
+  result.tokens_total = number * recipe_.batch.sequences * recipe_.data.sequence_length;
+  result.data_seconds = loaded - begin;
+  result.step_seconds = now() - begin;
+  result.tokens_per_second =
+      static_cast<double>(recipe_.batch.sequences * recipe_.data.sequence_length) / result.step_seconds;
+  result.checkpoint = checkpoint_note_;
+  return result;
+}
+
+StepReport Trainer::assemble(const ModelReport& report, const std::vector<int64_t>& targets,
+                             const GradientNorms& norms) const {
+  // The ranks of a tensor group hold the same losses: each contributes its share.
+  const double share = 1.0 / mesh_.layout().degrees().tensor;
+  std::vector<double> numbers{report.lm_loss * share, report.mtp_loss * share};
+  for (const LayerReport& l : report.layers)
+    numbers.insert(numbers.end(), {l.kl, l.kl_rows, l.entropy, l.recall, l.recall_rows});
+  numbers = sum_over(mesh_.along(Axis::WORLD), numbers);
+
+  StepReport r;
+  r.steps = recipe_.schedule.steps;
+  r.stage = stage_name(recipe_.stage);
+  r.lm_loss = numbers[0] / static_cast<double>(targets[0]);
+  if (targets.size() > 1) r.mtp_loss = numbers[1] / static_cast<double>(std::max<int64_t>(targets[1], 1));
+  if (recipe_.stage != StageKind::PRETRAIN) {
+    for (size_t l = 0; l < report.layers.size(); ++l) {
+      const double* n = numbers.data() + 2 + 5 * l;
+      r.kl_layer.push_back(n[0] / n[1]);
+      r.entropy_layer.push_back(n[2] / n[1]);
+      r.recall_layer.push_back(n[3] / n[4]);
+    }
+    r.kl_mean = mean(r.kl_layer);
+    r.top_k = start_.config.indexer->top_k;
+    r.grad_norm_indexer = norms.indexer;
+  }
+  if (recipe_.stage != StageKind::WARMUP) r.grad_norm_backbone = norms.backbone;
+  r.expert_load_max_over_mean = expert_load_max_over_mean(report, mesh_);
+  r.memory_bytes = static_cast<int64_t>(max_over(mesh_.along(Axis::WORLD), static_cast<double>(peak_memory_bytes())));
+  return r;
+}
+
+double Trainer::held_out_loss() {
+  const StagePlan plan = plan_evaluation(recipe_);
+  double sum = 0, count = 0;
+  for (const auto& samples : loader_.held_out(recipe_.run.eval_sequences)) {
+    ModelReport report = model_.report();
+    const TokenBatch batch = make_batch(samples, start_.config, mesh_, model_.options().dtype);
+    model_.forward({batch, plan, report});
+    sum += report.lm_loss;
+    // Context ranks hold parts of the loss, each data rank counts its sequences once.
+    if (mesh_.coordinates().context == 0) count += static_cast<double>(count_targets(samples, 0)[0]);
+  }
+  const std::vector<double> total = sum_over(mesh_.along(Axis::REPLICA), {sum, count});
+  return total[0] / total[1];
+}
+
+void Trainer::save(int64_t number) {
+  TrainingState state;
+  state.step = number;
+  state.sequences_seen = number * recipe_.batch.sequences;
+  state.tokens_seen = state.sequences_seen * recipe_.data.sequence_length;
+  state.stage = stage_name(recipe_.stage);
+  state.recipe_text = resolved_.text;
+  state.recipe_digest = resolved_.digest;
+  state.data_digest = dataset_->digest();
+  state.data_seed = recipe_.data.seed;
+  state.sequence_length = recipe_.data.sequence_length;
+  state.model_json = start_.config.to_json(start_.config.format(), HfDtype::BF16);
+  const Degrees& d = mesh_.layout().degrees();
+  state.mesh = "data " + std::to_string(d.data) + ", context " + std::to_string(d.context) + ", tensor " +
+               std::to_string(d.tensor) + ", expert " + std::to_string(d.expert);
+  state.tokenizer_sha256 = dataset_->tokenizer_sha256();
+  state.scalars["skipped"] = static_cast<double>(skipped_);
+  state.base_path = start_.base_path;
+  state.base_digest = start_.base_digest;
+  state.conventions = std::string("indexer rope half-split, hadamard ") + (recipe_.model.indexer.hadamard ? "yes" : "no");
+
+  std::vector<StateShard> shards = optimizer_->state();
+  if (start_.base_path.empty() && mesh_.rank() == 0)
+    for (const Buffer& b : model_.parameters().buffers)
+      shards.push_back({Role::BUFFER, whole(b.name, {b.value.numel()}),
+                        b.value.scalar_type() == at::kDouble ? Dtype::F64 : Dtype::F32, b.value.data_ptr()});
+  const SaveResult result =
+      save_checkpoint(recipe_.run.folder, state, shards, mesh_.along(Axis::WORLD), static_cast<int>(recipe_.checkpoint.keep));
+  checkpoint_seconds_ += result.seconds;
+  failed_saves_ = result.committed ? 0 : failed_saves_ + 1;
+  checkpoint_note_ = std::to_string(number) + (result.committed ? " ok" : " failed");
+  if (result.committed) last_checkpoint_ = result.path;
+  if (!result.committed && console_) console_->line("checkpoint failed: " + result.error);
+  if (failed_saves_ >= kMaxFailedSaves)
+    throw RunFailure(kExitCannotCheckpoint, "cannot save checkpoints (" + std::to_string(failed_saves_) +
+                                                " failures in a row, the last: " + result.error + ") free the disk and run again");
+}
+
+std::string Trainer::run() {
+  std::signal(SIGUSR1, request_stop);
+  std::signal(SIGTERM, request_stop);
+  Communicator& world = mesh_.along(Axis::WORLD);
+  while (done_ < recipe_.schedule.steps) {
+    const int64_t number = done_ + 1;
+    StepReport report = step(number);
+    const bool last = number == recipe_.schedule.steps;
+    const bool stop = max_over(world, stop_requested) > 0;
+    if (recipe_.run.eval_every > 0 && (last || number % recipe_.run.eval_every == 0)) report.held_out_loss = held_out_loss();
+    if (last || stop || number % recipe_.checkpoint.every == 0) save(number);
+    report.checkpoint = checkpoint_note_;
+    if (console_) console_->step(report);
+    if (metrics_) metrics_->write(report);
+    if (skipped_in_a_row_ >= kMaxSkippedInARow)
+      throw RunFailure(kExitNonFinite, "gradients were not finite in " + std::to_string(skipped_in_a_row_) +
+                                           " steps in a row (the parameters are those of step " +
+                                           std::to_string(number - skipped_in_a_row_) + ") lower the learning rate or look at the data");
+    if (stop && !last) {
+      finish("pre-empted at step " + std::to_string(number));
+      throw RunFailure(kExitPreempted, "stopped on request after step " + std::to_string(number) +
+                                           " (SIGUSR1 or SIGTERM) the state is saved: run the same command again");
+    }
+  }
+  finish("all " + std::to_string(recipe_.schedule.steps) + " steps done");
+  return last_checkpoint_;
+}
+
+void Trainer::announce(const StartingPoint& start) {
+  const ModelConfig& c = start.config;
+  const Degrees& d = mesh_.layout().degrees();
+  console_->line("dsatrain " + stage_name(recipe_.stage) + " | recipe " + resolved_.file + " " + resolved_.digest);
+  console_->line("  model   " + std::to_string(c.num_hidden_layers) + " layers + " + std::to_string(c.num_nextn_predict_layers) +
+                 " MTP, hidden " + std::to_string(c.hidden_size) + ", " + std::to_string(c.num_attention_heads) + " heads, " +
+                 std::to_string(c.n_routed_experts) + " experts top-" + std::to_string(c.num_experts_per_tok) +
+                 (c.indexer ? ", indexer " + std::to_string(c.indexer->heads) + " x " + std::to_string(c.indexer->head_dim) +
+                                  " top-" + std::to_string(c.indexer->top_k) : ""));
+  console_->line("  weights " + start.story);
+  console_->line("  data    " + std::to_string(dataset_->tokens()) + " tokens, " + std::to_string(dataset_->samples()) +
+                 " sequences of " + std::to_string(recipe_.data.sequence_length) + ", held out " +
+                 std::to_string(dataset_->held_out_samples()));
+  console_->line("  mesh    data " + std::to_string(d.data) + " x context " + std::to_string(d.context) + " x tensor " +
+                 std::to_string(d.tensor) + ", expert " + std::to_string(d.expert));
+  console_->line("  run     " + recipe_.run.folder + " (tensorboard --logdir " + recipe_.run.folder + ")");
+}
+
+void Trainer::finish(const std::string& reason) {
+  if (!console_) return;
+  RunSummary summary = console_->meter().summary();
+  summary.exit_reason = reason;
+  summary.wall_seconds = now() - born_;
+  summary.checkpoint_seconds = checkpoint_seconds_;
+  summary.checkpoint = last_checkpoint_;
+  summary.run_folder = recipe_.run.folder;
+  summary.write_failures = console_->failures() + (metrics_ ? metrics_->failures() : 0);
+  console_->line(format_summary(summary));
+}
+
+}  // namespace dsa
