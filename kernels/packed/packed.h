@@ -15,11 +15,11 @@
 
 namespace dsa {
 
-/// Rows [row_begin, row_end) and the smallest key interval that covers all their ranges.
+/// Rows [row_begin, row_end), all with the same start, and the smallest key interval that covers their ranges.
 struct RowBlock {
   int64_t row_begin, row_end;
-  int64_t key_begin, key_end;           ///< empty (both 0) when no row of the block has a key
-  int64_t common_begin, common_end;     ///< keys that every row of the block sees; may be empty
+  int64_t key_begin, key_end;  ///< equal when no row of the block has a key
+  int64_t common_end;          ///< every row of the block sees [key_begin, common_end)
 };
 
 /// The ranges of all rows, on the host, checked: 0 <= start <= end <= keys or the row is empty (start >= end).
@@ -39,7 +39,7 @@ void fill_outside(const at::Tensor& tile_BX, const RowBlock& block, const KeyRan
 
 /// Runs body(i) for i in [0, count): on the CPU over the threads, each body without autograd and with serial
 /// tensor operations; on other devices in order. Bodies write disjoint memory, so results do not depend on
-/// the number of threads.
+/// which thread ran them.
 void for_each_block(int64_t count, at::Device device, const std::function<void(int64_t)>& body);
 
 /// table[indices[b,k], :] += sum_m left[b,m,k] * right[b,m,:] for every indices[b,k] >= 0, in the order of b.

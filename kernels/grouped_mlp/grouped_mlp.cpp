@@ -1,0 +1,112 @@
+// See grouped_mlp.h. Forward keeps x and the two projections g = W_gate x, u = W_up x. Backward, a = silu(g) u:
+//   da = dy W_down;  dW_down = dy^T a;  du = da silu(g);  dg = da u (sig + g sig (1 - sig)), sig = sigmoid(g)
+//   dx = dg W_gate + du W_up;  dW_gate = dg^T x;  dW_up = du^T x
+#include "kernels/grouped_mlp/grouped_mlp.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/silu_backward.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <numeric>
+
+#include "kernels/check.h"
+#include "kernels/packed/packed.h"
+
+namespace dsa {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct GroupedSwiglu : torch::autograd::Function<GroupedSwiglu> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x_MH, const std::vector<int64_t>& rows,
+                            const at::Tensor& gate_EIH, const at::Tensor& up_EIH, const at::Tensor& down_EHI) {
+    const at::Tensor g_MI = at::empty({x_MH.size(0), gate_EIH.size(1)}, x_MH.options()), u_MI = at::empty_like(g_MI);
+    at::Tensor y_MH = at::empty(x_MH.sizes(), x_MH.options());
+    for (int64_t e = 0, first = 0; e < gate_EIH.size(0); first += rows[e++]) {
+      if (rows[e] == 0) continue;
+      const at::Tensor x = x_MH.narrow(0, first, rows[e]);
+      at::Tensor g = g_MI.narrow(0, first, rows[e]), u = u_MI.narrow(0, first, rows[e]), y = y_MH.narrow(0, first, rows[e]);
+      at::mm_out(g, x, gate_EIH[e].t());
+      at::mm_out(u, x, up_EIH[e].t());
+      at::mm_out(y, activation(g, u), down_EHI[e].t());
+    }
+    ctx->save_for_backward({x_MH, gate_EIH, up_EIH, down_EHI, g_MI, u_MI});
+    ctx->saved_data["rows"] = rows;
+    return y_MH;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const at::Tensor &x_MH = saved[0], &gate_EIH = saved[1], &up_EIH = saved[2], &down_EHI = saved[3];
+    const auto rows = ctx->saved_data["rows"].toIntVector();
+    const bool need_x = ctx->needs_input_grad(0);
+    const auto weight_gradient = [&](size_t input, const at::Tensor& weight) {
+      return ctx->needs_input_grad(input) ? at::empty_like(weight) : at::Tensor();
+    };
+    const at::Tensor dy_MH = grads[0].contiguous(), dx_MH = need_x ? at::empty(x_MH.sizes(), x_MH.options()) : at::Tensor();
+    const at::Tensor dgate = weight_gradient(2, gate_EIH), dup = weight_gradient(3, up_EIH), ddown = weight_gradient(4, down_EHI);
+    for (int64_t e = 0, first = 0; e < gate_EIH.size(0); first += rows[e++]) {
+      const auto slice = [&](const at::Tensor& all) { return all.narrow(0, first, rows[e]); };
+      const at::Tensor x = slice(x_MH), g = slice(saved[4]), u = slice(saved[5]), dy = slice(dy_MH);
+      write_product(ddown, e, dy, activation(g, u));
+      const auto acc = accumulation_type(g);
+      const at::Tensor da = at::mm(dy, down_EHI[e]).to(acc), wide = g.to(acc);
+      const at::Tensor du = (da * at::silu(wide)).to(g.scalar_type());
+      const at::Tensor dg = at::silu_backward(da * u.to(acc), wide).to(g.scalar_type());
+      write_product(dgate, e, dg, x);
+      write_product(dup, e, du, x);
+      if (need_x && rows[e] > 0) {
+        at::Tensor dx = slice(dx_MH);
+        at::mm_out(dx, dg, gate_EIH[e]);
+        dx.addmm_(du, up_EIH[e]);
+      }
+    }
+    return {dx_MH, at::Tensor(), dgate, dup, ddown};
+  }
+
+  static at::Tensor activation(const at::Tensor& g, const at::Tensor& u) {
+    const auto acc = accumulation_type(g);
+    return at::silu(g.to(acc)).mul_(u.to(acc)).to(g.scalar_type());
+  }
+  // gradient[e] = left^T right, in place; a product over no rows is zero.
+  static void write_product(const at::Tensor& gradient, int64_t e, const at::Tensor& left, const at::Tensor& right) {
+    if (!gradient.defined()) return;
+    at::Tensor slice = gradient[e];
+    if (left.size(0) == 0) {
+      slice.zero_();
+    } else {
+      at::mm_out(slice, left.t(), right);
+    }
+  }
+};
+
+}  // namespace
+
+at::Tensor grouped_swiglu(const at::Tensor& x_MH, at::IntArrayRef rows_per_expert, const at::Tensor& gate_EIH,
+                          const at::Tensor& up_EIH, const at::Tensor& down_EHI) {
+  require(x_MH.dim() == 2 && gate_EIH.dim() == 3, "grouped_swiglu: x {} and gate {} ([M,H] and [E,I,H] are expected) reshape them",
+          shape_of(x_MH), shape_of(gate_EIH));
+  const int64_t E = gate_EIH.size(0), I = gate_EIH.size(1), H = x_MH.size(1);
+  require_shape(gate_EIH, {E, I, H}, "grouped_swiglu", "gate");
+  require_shape(up_EIH, {E, I, H}, "grouped_swiglu", "up");
+  require_shape(down_EHI, {E, H, I}, "grouped_swiglu", "down");
+  const int64_t rows = std::accumulate(rows_per_expert.begin(), rows_per_expert.end(), int64_t{0});
+  require(static_cast<int64_t>(rows_per_expert.size()) == E && rows == x_MH.size(0),
+          "grouped_swiglu: {} counts with sum {} for {} experts and {} rows (every row has one expert) count them again",
+          rows_per_expert.size(), rows, E, x_MH.size(0));
+  return GroupedSwiglu::apply(x_MH, rows_per_expert.vec(), gate_EIH, up_EIH, down_EHI);
+}
+
+at::Tensor swiglu_mlp(const at::Tensor& x, const at::Tensor& w_gate_IH, const at::Tensor& w_up_IH, const at::Tensor& w_down_HI) {
+  const at::Tensor x_NH = x.reshape({-1, x.size(-1)});
+  return grouped_swiglu(x_NH, {x_NH.size(0)}, w_gate_IH.unsqueeze(0), w_up_IH.unsqueeze(0), w_down_HI.unsqueeze(0))
+      .view(x.sizes());
+}
+
+}  // namespace dsa
