@@ -5,11 +5,10 @@
 #include <google/protobuf/text_format.h>
 
 #include <algorithm>
-#include <cctype>
-#include <set>
 #include <sstream>
 
 #include "recipe.pb.h"
+#include "recipes/spelling.h"
 
 namespace dsa {
 namespace {
@@ -30,21 +29,35 @@ std::vector<std::string> field_names(const pb::Descriptor& message) {
   return names;
 }
 
-// All fields called `name` below `message`, as paths from the recipe's root.
-void find_elsewhere(const pb::Descriptor& message, const std::string& prefix, const std::string& name,
-                    std::vector<std::string>& paths) {
+// All fields below `message`, as paths from the recipe's root.
+void all_paths(const pb::Descriptor& message, const std::string& prefix, std::vector<std::string>& paths) {
   for (int i = 0; i < message.field_count(); ++i) {
     const pb::FieldDescriptor& field = *message.field(i);
-    if (field.name() == name) paths.push_back(prefix + name);
-    if (is_message(field)) find_elsewhere(*field.message_type(), prefix + field.name() + ".", name, paths);
+    paths.push_back(prefix + field.name());
+    if (is_message(field)) all_paths(*field.message_type(), prefix + field.name() + ".", paths);
   }
+}
+
+// The field of that name in another block, or the one of the nearest name there; empty when there is none.
+std::string find_elsewhere(const std::string& name, bool exactly) {
+  std::vector<std::string> paths, names;
+  all_paths(*proto::Recipe::descriptor(), "", paths);
+  for (const std::string& path : paths) names.push_back(path.substr(path.rfind('.') + 1));
+  const std::string wanted = exactly ? name : closest(name, names);
+  std::string found;
+  for (size_t i = 0; i < paths.size(); ++i) {
+    if (names[i] != wanted || wanted.empty()) continue;
+    if (!found.empty()) return "";  // two blocks have one: no guess
+    found = paths[i];
+  }
+  return found;
 }
 
 std::string unknown_field(const pb::Descriptor& message, const std::string& name) {
   std::string out = fmt::format("unknown field \"{}\" in {}", name, message.name());
-  std::vector<std::string> elsewhere;
-  find_elsewhere(*proto::Recipe::descriptor(), "", name, elsewhere);
-  const std::string guess = elsewhere.size() == 1 ? elsewhere[0] : closest(name, field_names(message));
+  std::string guess = find_elsewhere(name, true);
+  if (guess.empty()) guess = closest(name, field_names(message));
+  if (guess.empty()) guess = find_elsewhere(name, false);
   if (!guess.empty()) out += fmt::format("; did you mean \"{}\"?", guess);
   return out;
 }
@@ -98,7 +111,7 @@ bool parse_value(const pb::FieldDescriptor& field, const RawValue& value, pb::Me
 
 class Assigner {
  public:
-  Assigner(SaidMap& said, std::vector<Problem>& problems) : said_(said), problems_(problems) {}
+  Assigner(Assigned& assigned, std::vector<Problem>& problems) : assigned_(assigned), problems_(problems) {}
 
   void message(const std::vector<Statement>& statements, const std::string& prefix, const std::string& origin_kind,
                pb::Message& message) {
@@ -145,66 +158,48 @@ class Assigner {
     }
     if (field.is_repeated() && replace) message.GetReflection()->ClearField(&message, &field);
     Location where = statement.where;
-    bool first = true;
+    bool all_read = true;
     for (const RawValue& value : statement.values) {
       if (!parse_value(field, value, message)) {
         Problem problem = refused(field, path, value);
         if (value.where.line == statement.where.line) problem.where.column = statement.where.column;
         problems_.push_back(std::move(problem));
-        continue;
+        all_read = false;
       }
-      if (first && value.where.line == statement.where.line) {
-        where.caret_column = value.where.caret_column;
-        where.caret_length = value.where.caret_length;
-      }
-      first = false;
     }
-    if (replace) said_[path] = {where, origin};
+    if (!all_read) {
+      assigned_.unread.insert(path);
+      return;
+    }
+    if (!statement.values.empty() && statement.values[0].where.line == where.line) {
+      where.caret_column = statement.values[0].where.caret_column;
+      where.caret_length = statement.values[0].where.caret_length;
+    }
+    if (!replace) return;  // a second element keeps the place of the first
+    assigned_.said[path] = {where, origin};
+    assigned_.unread.erase(path);
   }
 
  private:
-  SaidMap& said_;
+  Assigned& assigned_;
   std::vector<Problem>& problems_;
 };
 
 }  // namespace
 
-std::string closest(const std::string& name, const std::vector<std::string>& candidates) {
-  // Edits (insert, delete, replace, swap of neighbours) between the two, upper and lower case alike.
-  const auto distance = [](const std::string& a, const std::string& b) {
-    std::vector<std::vector<size_t>> d(a.size() + 1, std::vector<size_t>(b.size() + 1));
-    const auto same = [&](size_t i, size_t j) { return std::tolower(a[i - 1]) == std::tolower(b[j - 1]); };
-    for (size_t i = 0; i <= a.size(); ++i) {
-      for (size_t j = 0; j <= b.size(); ++j) {
-        if (i == 0 || j == 0) {
-          d[i][j] = i + j;
-          continue;
-        }
-        d[i][j] = std::min({d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (same(i, j) ? 0 : 1)});
-        if (i > 1 && j > 1 && same(i, j - 1) && same(i - 1, j)) d[i][j] = std::min(d[i][j], d[i - 2][j - 2] + 1);
-      }
-    }
-    return d[a.size()][b.size()];
-  };
-  if (name.size() > 64) return "";
-  std::string best;
-  size_t best_distance = std::max<size_t>(1, name.size() / 3) + 1;
-  for (const std::string& candidate : candidates) {
-    const size_t edits = distance(name, candidate);
-    if (edits < best_distance) {
-      best = candidate;
-      best_distance = edits;
-    }
-  }
-  return best;
+std::optional<std::string> parse_string(const RawValue& value) {
+  proto::Recipe scratch;
+  if (!parse_value(*proto::Recipe::descriptor()->FindFieldByName("extends"), value, scratch)) return std::nullopt;
+  return scratch.extends();
 }
 
 void assign_file(const std::vector<Statement>& statements, const std::string& origin_kind, proto::Recipe& recipe,
-                 SaidMap& said, std::vector<Problem>& problems) {
-  Assigner(said, problems).message(statements, "", origin_kind, recipe);
+                 Assigned& assigned, std::vector<Problem>& problems) {
+  Assigner(assigned, problems).message(statements, "", origin_kind, recipe);
 }
 
-void assign_set(const std::string& assignment, proto::Recipe& recipe, SaidMap& said, std::vector<Problem>& problems) {
+void assign_set(const std::string& assignment, proto::Recipe& recipe, Assigned& assigned,
+                std::vector<Problem>& problems) {
   const size_t equals = assignment.find('=');
   const Location whole{"--set", 0, 1, assignment, 1, static_cast<int>(std::max<size_t>(assignment.size(), 1))};
   if (equals == std::string::npos || equals == 0) {
@@ -242,7 +237,7 @@ void assign_set(const std::string& assignment, proto::Recipe& recipe, SaidMap& s
   }
   const bool is_string = field->cpp_type() == pb::FieldDescriptor::CPPTYPE_STRING;
   const Statement statement = scan_set(assignment, is_string, problems);
-  Assigner(said, problems).leaf(statement, full_path, *field, "command line", true, *message);
+  Assigner(assigned, problems).leaf(statement, full_path, *field, "command line", true, *message);
 }
 
 }  // namespace dsa

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <map>
+#include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -19,16 +21,20 @@ struct Said {
   Location where;      // name's line and column, caret under the value
   std::string origin;  // as in Origin::origin
 };
-using SaidMap = std::map<std::string, Said>;  // by path
+struct Assigned {
+  std::map<std::string, Said> said;  // by path
+  std::set<std::string> unread;      // paths whose value could not be read
+};
 
 // origin_kind: "base" or "recipe". Repeated fields replace what earlier calls set. `extends` is skipped.
 void assign_file(const std::vector<Statement>& statements, const std::string& origin_kind, proto::Recipe& recipe,
-                 SaidMap& said, std::vector<Problem>& problems);
+                 Assigned& assigned, std::vector<Problem>& problems);
 
 // One `path=value` of the command line.
-void assign_set(const std::string& assignment, proto::Recipe& recipe, SaidMap& said, std::vector<Problem>& problems);
+void assign_set(const std::string& assignment, proto::Recipe& recipe, Assigned& assigned,
+                std::vector<Problem>& problems);
 
-// The candidate that `name` most likely meant; empty when none is near.
-std::string closest(const std::string& name, const std::vector<std::string>& candidates);
+// The string that a value writes, quotes and escapes resolved; empty when it is not a string.
+std::optional<std::string> parse_string(const RawValue& value);
 
 }  // namespace dsa

@@ -16,14 +16,22 @@ std::string indent_like(const std::string& text, int columns) {
   return indent;
 }
 
+// A terminal shall not obey what a recipe holds.
+std::string without_control_characters(std::string text) {
+  for (char& c : text) {
+    if ((static_cast<unsigned char>(c) < 0x20 && c != '\t') || c == 0x7f) c = '?';
+  }
+  return text;
+}
+
 std::string describe(const Problem& problem) {
   const Location& where = problem.where;
   std::string out = where.file;
   if (where.line > 0) out += fmt::format(":{}:{}", where.line, where.column);
-  out += fmt::format(": error: {}\n", problem.message);
+  out += fmt::format(": error: {}\n", without_control_characters(problem.message));
   if (where.caret_column > 0) {
     const std::string number = where.line > 0 ? std::to_string(where.line) : "";
-    out += fmt::format("{:>6} | {}\n", number, where.text);
+    out += fmt::format("{:>6} | {}\n", number, without_control_characters(where.text));
     out += fmt::format("{:>6} | {}{}", "", indent_like(where.text, where.caret_column - 1),
                        std::string(std::max(where.caret_length, 1), '^'));
     out += problem.fix.empty() ? "\n" : fmt::format(" {}\n", problem.fix);

@@ -12,8 +12,9 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <optional>
 #include <stdexcept>
-#include <utility>
+#include <tuple>
 
 #include "recipe.pb.h"
 #include "recipes/assign.h"
@@ -41,8 +42,8 @@ std::string expand_environment(const std::string& text, const Location& where, s
     const std::string inside = close == std::string::npos ? "" : text.substr(open + 2, close - open - 2);
     const size_t mark = inside.find(":?");
     if (mark == std::string::npos || mark == 0) {
-      problems.push_back({where, fmt::format("{} names no environment variable as this format does", text.substr(open)),
-                          "write ${NAME:?}: NAME must be set and not empty"});
+      problems.push_back({where, fmt::format("cannot expand {}", text.substr(open, close - open + 1)),
+                          "write ${NAME:?}; NAME must be set and not empty"});
       return text;
     }
     const std::string name = inside.substr(0, mark);
@@ -64,7 +65,7 @@ class Loader {
  public:
   ResolvedRecipe load(const std::string& path, const std::vector<std::string>& sets) {
     read_file(path, {path, 0, 0, "", 0, 0}, "recipe");
-    for (const std::string& assignment : sets) assign_set(assignment, message_, said_, problems_);
+    for (const std::string& assignment : sets) assign_set(assignment, message_, assigned_, problems_);
     const bool all_read = problems_.empty();
 
     ResolvedRecipe out;
@@ -72,11 +73,10 @@ class Loader {
     out.recipe = to_recipe(message_);
     resolve(out.recipe);
     list_values(out);
-    // A field that could not be read would also count as missing.
-    for (Problem& problem : find_problems(out)) problems_.push_back(std::move(problem));
-    if (all_read) {
-      for (Problem& problem : find_missing(out)) problems_.push_back(std::move(problem));
-    }
+    // What could not be read must not be reported again as missing, nor as a contradiction of what stands in its place.
+    note(find_out_of_range(out));
+    if (!cut_short_) note(find_contradictions(out, assigned_.unread));
+    if (all_read) note(find_missing(out));
     if (!problems_.empty()) throw RecipeError(in_reading_order(std::move(problems_)));
     return out;
   }
@@ -86,8 +86,11 @@ class Loader {
   static std::vector<Problem> in_reading_order(std::vector<Problem> problems) {
     std::map<std::string, int> rank;
     for (const Problem& problem : problems) rank.emplace(problem.where.file, static_cast<int>(rank.size()));
+    const auto key = [&](const Location& where) {
+      return std::tuple(rank[where.file], where.line, where.line > 0 ? where.column : 0);
+    };
     std::stable_sort(problems.begin(), problems.end(), [&](const Problem& a, const Problem& b) {
-      return std::pair(rank[a.where.file], a.where.line) < std::pair(rank[b.where.file], b.where.line);
+      return key(a.where) < key(b.where);
     });
     return problems;
   }
@@ -104,7 +107,9 @@ class Loader {
     }
     std::string text;
     if (!read_text(path, asked_from, text)) return;
+    const size_t before = problems_.size();
     const std::vector<Statement> statements = scan_file(text, path, problems_);
+    cut_short_ = cut_short_ || problems_.size() > before;
     chain_.push_back(real);
     for (const Statement& statement : statements) {
       if (statement.name == "extends" && statement.values.size() == 1) {
@@ -113,17 +118,17 @@ class Loader {
       }
     }
     chain_.pop_back();
-    assign_file(statements, origin_kind, message_, said_, problems_);
+    assign_file(statements, origin_kind, message_, assigned_, problems_);
   }
 
   void read_base(const std::string& path, const Statement& statement) {
     Location where = statement.values[0].where;
     where.column = statement.where.column;
-    proto::Recipe parsed;
-    if (!pb::TextFormat::ParseFromString("extends: " + statement.values[0].text, &parsed) || parsed.extends().empty()) {
+    const std::optional<std::string> said = parse_string(statement.values[0]);
+    if (!said || said->empty()) {
       return refuse(where, "extends does not name a file", "write extends: \"base.textproto\"");
     }
-    const std::string base = expand_environment(parsed.extends(), where, problems_);
+    const std::string base = expand_environment(*said, where, problems_);
     read_file((fs::path(path).parent_path() / base).lexically_normal(), where, "base");
   }
 
@@ -139,9 +144,9 @@ class Loader {
       refuse(asked_from, fmt::format("cannot read {} ({})", path, why), "check the path");
       return false;
     }
-    text.resize(kMaxBytes + 1);
-    file.read(text.data(), static_cast<std::streamsize>(text.size()));
-    text.resize(static_cast<size_t>(file.gcount()));
+    for (char block[16384]; text.size() <= kMaxBytes && (file.read(block, sizeof block), file.gcount() > 0);) {
+      text.append(block, static_cast<size_t>(file.gcount()));
+    }
     if (text.size() > kMaxBytes) {
       refuse(asked_from, fmt::format("{} is larger than 1 MiB", path), "a recipe is a few KiB: is this the right file?");
       return false;
@@ -149,20 +154,24 @@ class Loader {
     return true;
   }
 
+  void note(std::vector<Problem> problems) {
+    for (Problem& problem : problems) problems_.push_back(std::move(problem));
+  }
+
   void refuse(const Location& where, std::string message, std::string fix) {
     problems_.push_back({where, std::move(message), std::move(fix)});
   }
 
   Location where(const std::string& path) const {
-    const auto found = said_.find(path);
-    return found == said_.end() ? Location{} : found->second.where;
+    const auto found = assigned_.said.find(path);
+    return found == assigned_.said.end() ? Location{} : found->second.where;
   }
 
   // What the schema cannot say: values that follow from others, and paths.
   void resolve(Recipe& r) {
-    if (!said_.contains("optimizer.indexer_lr")) r.optimizer.indexer_lr = r.optimizer.lr;
-    if (!said_.contains("schedule.final_lr") && r.schedule.decay == Decay::CONSTANT) r.schedule.final_lr = r.optimizer.lr;
-    if (!said_.contains("run.eval_sequences")) r.run.eval_sequences = r.data.held_out;
+    if (!assigned_.said.contains("optimizer.indexer_lr")) r.optimizer.indexer_lr = r.optimizer.lr;
+    if (!assigned_.said.contains("schedule.final_lr") && r.schedule.decay == Decay::CONSTANT) r.schedule.final_lr = r.optimizer.lr;
+    if (!assigned_.said.contains("run.eval_sequences")) r.run.eval_sequences = r.data.held_out;
 
     r.init.from = expand_environment(r.init.from, where("init.from"), problems_);
     r.run.folder = expand_environment(r.run.folder, where("run.folder"), problems_);
@@ -217,8 +226,8 @@ class Loader {
       } else if (reflection.HasField(message, &field)) {
         printer.PrintFieldValueToString(message, &field, -1, &value);
       }
-      const auto said = said_.find(path);
-      if (said == said_.end()) {
+      const auto said = assigned_.said.find(path);
+      if (said == assigned_.said.end()) {
         out.push_back({path, value, "default", {}});
       } else {
         out.push_back({path, value, said->second.origin, said->second.where});
@@ -227,7 +236,8 @@ class Loader {
   }
 
   proto::Recipe message_;
-  SaidMap said_;
+  Assigned assigned_;
+  bool cut_short_ = false;  // a syntax error ended a file early
   std::vector<Problem> problems_;
   std::vector<fs::path> chain_;  // the files being read, outermost first
 };

@@ -22,14 +22,12 @@ void check_ranges(Checker& check, const Recipe& r) {
   check.above_zero("init.std", r.init.std);
   check.at_least<int64_t>("data.held_out", r.data.held_out, 0);
   check.at_least<int64_t>("batch.micro_sequences", r.batch.micro_sequences, 1);
-  check.at_least("optimizer.indexer_lr", r.optimizer.indexer_lr, 0.0);
   check.below_one("optimizer.beta1", r.optimizer.beta1);
   check.below_one("optimizer.beta2", r.optimizer.beta2);
   check.at_least("optimizer.eps", r.optimizer.eps, 0.0);
   check.at_least("optimizer.weight_decay", r.optimizer.weight_decay, 0.0);
   check.at_least("optimizer.clip", r.optimizer.clip, 0.0);
   check.at_least<int64_t>("schedule.warmup_steps", r.schedule.warmup_steps, 0);
-  check.at_least("schedule.final_lr", r.schedule.final_lr, 0.0);
   check.at_least("loss.kl_weight", r.loss.kl_weight, 0.0);
   check.at_least("loss.mtp_weight", r.loss.mtp_weight, 0.0);
   check.at_least("loss.balance_alpha", r.loss.balance_alpha, 0.0);
@@ -46,13 +44,15 @@ void check_ranges(Checker& check, const Recipe& r) {
   check.at_least<int64_t>("run.log_every", r.run.log_every, 1);
 }
 
-// Those without a default: absent is find_missing's affair.
+// Those without a default (absent is find_missing's affair), and those whose default is another field.
 void check_required_ranges(Checker& check, const ResolvedRecipe& resolved) {
   const Recipe& r = resolved.recipe;
   if (resolved.is_set("data.sequence_length")) check.at_least<int64_t>("data.sequence_length", r.data.sequence_length, 2);
   if (resolved.is_set("batch.sequences")) check.at_least<int64_t>("batch.sequences", r.batch.sequences, 1);
   if (resolved.is_set("schedule.steps")) check.at_least<int64_t>("schedule.steps", r.schedule.steps, 1);
   if (resolved.is_set("optimizer.lr")) check.above_zero("optimizer.lr", r.optimizer.lr);
+  if (resolved.is_set("optimizer.indexer_lr")) check.at_least("optimizer.indexer_lr", r.optimizer.indexer_lr, 0.0);
+  if (resolved.is_set("schedule.final_lr")) check.at_least("schedule.final_lr", r.schedule.final_lr, 0.0);
   int64_t sequences = 0, tokens = 0;
   if (__builtin_mul_overflow(r.schedule.steps, r.batch.sequences, &sequences) ||
       __builtin_mul_overflow(sequences, r.data.sequence_length, &tokens)) {
@@ -78,7 +78,7 @@ void check_schedule(Checker& check, const Recipe& r) {
   }
 }
 
-void check_batch_and_evaluation(Checker& check, const Recipe& r) {
+void check_batch(Checker& check, const Recipe& r) {
   if (r.batch.sequences > 0 && r.batch.micro_sequences > 0 && r.batch.sequences % r.batch.micro_sequences != 0) {
     check.add("batch.micro_sequences", fmt::format("{} does not divide {}", check.show("batch.micro_sequences"),
                                                    check.show("batch.sequences")),
@@ -95,6 +95,9 @@ void check_batch_and_evaluation(Checker& check, const Recipe& r) {
                 fmt::format("use a multiple of {}", pieces));
     }
   }
+}
+
+void check_evaluation(Checker& check, const Recipe& r) {
   if (r.run.eval_every > 0 && r.data.held_out == 0) {
     check.add("run.eval_every", check.show("run.eval_every") + " needs held-out sequences, and data.held_out is 0",
               "set data.held_out");
@@ -145,14 +148,20 @@ void check_effect(Checker& check, const ResolvedRecipe& resolved) {
 
 }  // namespace
 
-std::vector<Problem> find_problems(const ResolvedRecipe& resolved) {
+std::vector<Problem> find_out_of_range(const ResolvedRecipe& resolved) {
   Checker check(resolved);
   check_ranges(check, resolved.recipe);
   check_required_ranges(check, resolved);
-  check_schedule(check, resolved.recipe);
-  check_batch_and_evaluation(check, resolved.recipe);
+  return check.take();
+}
+
+std::vector<Problem> find_contradictions(const ResolvedRecipe& resolved, const std::set<std::string>& unread) {
+  Checker check(resolved);
+  if (!unread.contains("schedule.decay")) check_schedule(check, resolved.recipe);
+  check_batch(check, resolved.recipe);
+  if (!unread.contains("data.held_out")) check_evaluation(check, resolved.recipe);
   check_start(check, resolved.recipe);
-  check_effect(check, resolved);
+  if (!unread.contains("stage")) check_effect(check, resolved);
   return check.take();
 }
 

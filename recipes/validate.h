@@ -1,17 +1,22 @@
-// The checks that one field's type cannot express. load_recipe calls the first two; the trainer calls the others once
+// The checks that one field's type cannot express. load_recipe calls the first three; the trainer calls the others once
 // it knows the number of ranks and the model's config.json. Those throw RecipeError with all problems at once.
 #pragma once
 
 #include <cstdint>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "recipes/load.h"
 
 namespace dsa {
 
-// Ranges of what is there, and what contradicts the stage or would be ignored by it. The two that load_recipe calls
-// return instead of throwing: it has problems of its own to add.
-std::vector<Problem> find_problems(const ResolvedRecipe& resolved);
+// The three that load_recipe calls return instead of throwing: it has problems of its own to add.
+std::vector<Problem> find_out_of_range(const ResolvedRecipe& resolved);
+
+// What contradicts another field or the stage, or would be ignored. `unread`: paths whose value could not be read, which
+// contradict nothing.
+std::vector<Problem> find_contradictions(const ResolvedRecipe& resolved, const std::set<std::string>& unread);
 
 // What the recipe should have said.
 std::vector<Problem> find_missing(const ResolvedRecipe& resolved);
