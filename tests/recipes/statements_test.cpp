@@ -54,7 +54,7 @@ TEST(HostileRecipe, MutationsNeverCrash) {
   const RecipeFolder folder;
   std::mt19937 random(7);
   int refused = 0;
-  for (int i = 0; i < 2000; ++i) {
+  for (int i = 0; i < 600; ++i) {
     std::string text = kGood;
     for (int edit = 0; edit < 3; ++edit) {
       const size_t at = random() % text.size();
@@ -71,7 +71,7 @@ TEST(HostileRecipe, MutationsNeverCrash) {
     ++refused;
     EXPECT_TRUE(error.ends_with("Nothing was launched. (exit 2)"));
   }
-  EXPECT_GT(refused, 700);
+  EXPECT_GT(refused, 200);
 }
 
 TEST(Statements, OutlineHasNamesValuesAndPlaces) {
