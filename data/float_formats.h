@@ -32,17 +32,16 @@ float f16_to_float(uint16_t h);
 const float* e4m3_table();  // [256]
 inline float e4m3_to_float(uint8_t code) { return e4m3_table()[code]; }
 
-inline uint8_t float_to_e4m3(float f) {
-  const uint32_t u = float_to_bits(f);
-  const uint32_t sign = (u >> 24) & 0x80u, a = u & 0x7fffffffu;
-  if (a > 0x7f800000u) return static_cast<uint8_t>(sign | 0x7fu);
-  if (a >= 0x43e00000u) return static_cast<uint8_t>(sign | 0x7eu);  // |f| >= 448
-  uint32_t code;
-  if (a >= 0x3c800000u)  // |f| >= 2^-6, normal: keep 3 bits of mantissa, move the bias from 127 to 7
-    code = ((a + 0x7ffffu + ((a >> 20) & 1u)) >> 20) - (120u << 3);
-  else  // steps of 2^-9: adding 2^14 leaves exactly those steps in the mantissa
-    code = float_to_bits(bits_to_float(a) + 16384.0f) - 0x46800000u;
-  return static_cast<uint8_t>(sign | code);
+inline uint8_t float_to_e4m3(float f) {  // selects, not branches: loops over it become vector code
+  const uint32_t u = float_to_bits(f), a = u & 0x7fffffffu;
+  // Normal: keep 3 bits of mantissa, move the bias from 127 to 7.
+  const uint32_t normal = ((a + 0x7ffffu + ((a >> 20) & 1u)) >> 20) - (120u << 3);
+  // Below 2^-6, steps of 2^-9: adding 2^14 leaves exactly those steps in the mantissa.
+  const uint32_t tiny = float_to_bits(bits_to_float(a) + 16384.0f) - 0x46800000u;
+  uint32_t code = a < 0x3c800000u ? tiny : normal;
+  code = a >= 0x43e00000u ? 0x7eu : code;  // |f| >= 448
+  code = a > 0x7f800000u ? 0x7fu : code;   // NaN
+  return static_cast<uint8_t>(((u >> 24) & 0x80u) | code);
 }
 
 }  // namespace dsa

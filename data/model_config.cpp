@@ -181,7 +181,11 @@ ModelConfig ModelConfig::from_json(const std::string& text, const std::string& w
   in.only("moe_layer_freq", 1);
   in.only("rope_interleave", true);
   in.only("indexer_rope_interleave", false);
-  if (in.has("num_key_value_heads")) in.only("num_key_value_heads", c.num_attention_heads);
+  int64_t kv_heads = c.num_attention_heads;
+  in.optional("num_key_value_heads", kv_heads);
+  if (kv_heads != c.num_attention_heads)
+    in.problem("num_key_value_heads", "= " + std::to_string(kv_heads) + " differs from num_attention_heads = " +
+               std::to_string(c.num_attention_heads));
   if (!problems.empty()) refuse(what, problems);
   c.validate(what);
   return c;
