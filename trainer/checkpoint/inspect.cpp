@@ -26,7 +26,7 @@ namespace fs = std::filesystem;
 // 1234567 -> "1,234,567"
 std::string grouped(uint64_t n) {
   std::string text = std::to_string(n);
-  for (int at = static_cast<int>(text.size()) - 3; at > 0; at -= 3) text.insert(at, ",");
+  for (int at = static_cast<int>(text.size()) - 3; at > 0; at -= 3) text.insert(at, 1, ',');
   return text;
 }
 
@@ -144,7 +144,7 @@ void inspect_run(const std::string& path, Report& report) {
   }
   for (const auto& entry : fs::directory_iterator(fs::path(path) / kCheckpointsFolder)) {
     const std::string name = entry.path().filename().string();
-    if (name.find(".tmp-") != std::string::npos || name.ends_with(".trash"))
+    if (is_leftover(name))
       report.line("leftover", name + " (removed by the next save)");
   }
   const std::string lock = (fs::path(path) / "LOCK").string();

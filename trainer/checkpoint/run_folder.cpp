@@ -35,13 +35,17 @@ std::vector<int64_t> checkpoint_steps(const std::string& run_folder) {
   return steps;
 }
 
+bool is_leftover(const std::string& name) {
+  return (name.rfind(kStep, 0) == 0 || name.rfind("LATEST", 0) == 0) &&
+         (name.find(".tmp-") != std::string::npos || name.ends_with(".trash"));
+}
+
 void remove_leftovers(const std::string& checkpoints_folder) {
   std::vector<fs::path> leftovers;
   std::error_code ignored;
   for (const auto& entry : fs::directory_iterator(checkpoints_folder, ignored)) {
     const std::string name = entry.path().filename().string();
-    if (name.rfind(kStep, 0) != 0) continue;
-    if (name.find(".tmp-") != std::string::npos || name.ends_with(".trash")) leftovers.push_back(entry.path());
+    if (is_leftover(name)) leftovers.push_back(entry.path());
   }
   for (const fs::path& path : leftovers) fs::remove_all(path, ignored);
 }

@@ -16,6 +16,9 @@ std::string checkpoint_folder(const std::string& run_folder, int64_t step);
 /// The steps of a run that have a checkpoint folder (sound or not), ascending; none when there is no such folder.
 std::vector<int64_t> checkpoint_steps(const std::string& run_folder);
 
+/// Whether a name in RUN/checkpoints is that of something unfinished or discarded.
+bool is_leftover(const std::string& name);
+
 /// Removes unfinished and discarded checkpoints, as far as it can. Only the run that owns the folder may call it.
 void remove_leftovers(const std::string& checkpoints_folder);
 
