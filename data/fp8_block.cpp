@@ -36,17 +36,23 @@ void fp8_quantize(const float* weights, int64_t rows, int64_t cols, uint8_t* cod
   for (int64_t r0 = 0; r0 < rows; r0 += kFp8Block) {
     for (int64_t c0 = 0; c0 < cols; c0 += kFp8Block) {
       const int64_t r1 = std::min(rows, r0 + kFp8Block), c1 = std::min(cols, c0 + kFp8Block);
-      uint32_t largest = 0;  // magnitudes compare like their bits, and NaN above all
-      for (int64_t r = r0; r < r1; ++r)
-        for (int64_t c = c0; c < c1; ++c) largest = std::max(largest, float_to_bits(weights[r * cols + c]) & 0x7fffffffu);
-      if (largest >= 0x7f800000u)
+      int32_t largest = 0;  // magnitudes compare like their bits, and NaN above all
+      for (int64_t r = r0; r < r1; ++r) {
+        const float* from = weights + r * cols;
+        for (int64_t c = c0; c < c1; ++c)
+          largest = std::max(largest, static_cast<int32_t>(float_to_bits(from[c]) & 0x7fffffffu));
+      }
+      if (largest >= 0x7f800000)
         throw InputError("cannot quantise a weight to FP8", "it is NaN or infinite",
                          "the model has diverged; export an earlier checkpoint");
-      const float scale = ue8m0_scale(bits_to_float(largest));
+      const float scale = ue8m0_scale(bits_to_float(static_cast<uint32_t>(largest)));
       const float inverse = 1.0f / scale;  // exact: a power of two
       scales[r0 / kFp8Block * block_cols + c0 / kFp8Block] = scale;
-      for (int64_t r = r0; r < r1; ++r)
-        for (int64_t c = c0; c < c1; ++c) codes[r * cols + c] = float_to_e4m3(weights[r * cols + c] * inverse);
+      for (int64_t r = r0; r < r1; ++r) {
+        const float* __restrict from = weights + r * cols;  // restrict: bytes may alias anything
+        uint8_t* __restrict to = codes + r * cols;
+        for (int64_t c = c0; c < c1; ++c) to[c] = float_to_e4m3(from[c] * inverse);
+      }
     }
   }
 }
