@@ -46,11 +46,11 @@ struct GroupedSwiglu : torch::autograd::Function<GroupedSwiglu> {
     const at::Tensor &x_MH = saved[0], &gate_EIH = saved[1], &up_EIH = saved[2], &down_EHI = saved[3];
     const auto rows = ctx->saved_data["rows"].toIntVector();
     const bool need_x = ctx->needs_input_grad(0);
-    const auto weight_gradient = [&](size_t input, const at::Tensor& weight) {
-      return ctx->needs_input_grad(input) ? at::empty_like(weight) : at::Tensor();
+    const auto weight_gradient = [&](size_t tensor, const at::Tensor& weight) {  // counts tensor arguments alone
+      return ctx->needs_input_grad(tensor) ? at::empty_like(weight) : at::Tensor();
     };
     const at::Tensor dy_MH = grads[0].contiguous(), dx_MH = need_x ? at::empty(x_MH.sizes(), x_MH.options()) : at::Tensor();
-    const at::Tensor dgate = weight_gradient(2, gate_EIH), dup = weight_gradient(3, up_EIH), ddown = weight_gradient(4, down_EHI);
+    const at::Tensor dgate = weight_gradient(1, gate_EIH), dup = weight_gradient(2, up_EIH), ddown = weight_gradient(3, down_EHI);
     for (int64_t e = 0, first = 0; e < gate_EIH.size(0); first += rows[e++]) {
       const auto slice = [&](const at::Tensor& all) { return all.narrow(0, first, rows[e]); };
       const at::Tensor x = slice(x_MH), g = slice(saved[4]), u = slice(saved[5]), dy = slice(dy_MH);
