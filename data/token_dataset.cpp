@@ -90,6 +90,8 @@ Sample TokenDataset::read(int64_t index) const {
   return sample;
 }
 
+std::string TokenDataset::tokenizer_sha256() const { return sources_.front()->tokenizer_sha256(); }
+
 std::string TokenDataset::digest() const {
   Digest digest;
   digest.add(sequence_length_).add(held_out_).add(static_cast<int64_t>(seed_)).add(int64_t{document_mask_});

@@ -9,4 +9,4 @@ torch=${DSA_TORCH_DIR:-$(ls -d "${DSATRAIN_DEPS:-$HOME/.cache/dsatrain}"/torch-c
 if [ ! -f "$build/build.ninja" ]; then
   cmake -S . -B "$build" -G Ninja -DCMAKE_CXX_COMPILER_LAUNCHER=ccache ${torch:+-DDSA_TORCH_DIR="$torch"} ${CMAKE_ARGS:-}
 fi
-cmake --build "$build" -j "${JOBS:-2}" ${1:+--target "$@"}
+cmake --build "$build" -j "${JOBS:-2}" ${1:+--target "$@"} -- -k 0

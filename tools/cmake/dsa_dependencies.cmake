@@ -53,6 +53,9 @@ set(DSA_TORCH_DIR ${DSA_TORCH_DIR} CACHE PATH "the torch folder of a Python whee
 add_library(dsa_torch INTERFACE)
 target_include_directories(dsa_torch SYSTEM INTERFACE
   ${DSA_TORCH_DIR}/include ${DSA_TORCH_DIR}/include/torch/csrc/api/include)
+# AT_PER_OPERATOR_HEADERS: torch's own headers then include single operators, not all of them (a third less to parse).
+# FMT_HEADER_ONLY: the wheel ships fmt headers of another version than the system's library, and they come first.
+target_compile_definitions(dsa_torch INTERFACE AT_PER_OPERATOR_HEADERS FMT_HEADER_ONLY=1)
 # CUDA's runtime libraries lie beside torch in the wheel's site-packages.
 get_filename_component(DSA_SITE_PACKAGES ${DSA_TORCH_DIR} DIRECTORY)
 file(GLOB DSA_WHEEL_LIB_DIRS ${DSA_SITE_PACKAGES}/nvidia/*/lib)

@@ -1,0 +1,174 @@
+// The whole model against programs that others wrote (transformers, Megatron): what `probe` writes on every mesh of
+// this world size equals tests/golden, fp64 to 1e-11 of the largest (2e-7 where the file is F32), fp32 to 1e-5.
+#include <gtest/gtest.h>
+
+#include <mpi.h>
+
+#include <filesystem>
+#include <functional>
+
+#include "data/safetensors.h"
+#include "tests/support/dsa_guard.h"
+#include "tests/support/golden.h"
+#include "tests/support/tensors.h"
+#include "tests/trainer/tiny_run.h"
+#include "trainer/probe.h"
+
+namespace dsa {
+namespace {
+
+const std::string kGolden = DSA_GOLDEN;
+constexpr int64_t kTime = 96, kTopK = 16;
+
+struct Tolerance {
+  double f64, f32, gradient, kl, kl_gradient;
+};
+constexpr Tolerance kFp64{1e-11, 2e-7, 1e-11, 1e-11, 1e-11}, kFp32{1e-5, 1e-5, 1e-4, 1e-5, 1e-4};
+
+class ProbeGolden : public testing::Test {
+ protected:
+  static Communicator& world() {
+    static Mesh mesh([] {
+      int size = 0;
+      MPI_Comm_size(MPI_COMM_WORLD, &size);
+      return Degrees{size, 1, 1, 1};
+    }());
+    return mesh.along(Axis::WORLD);
+  }
+  static std::vector<Degrees> meshes() {
+    if (world().size() == 2) return {{1, 1, 2, 1}, {1, 2, 1, 2}, {2, 1, 1, 2}};
+    if (world().size() == 4) return {{1, 2, 2, 2}, {1, 1, 4, 4}, {1, 4, 1, 1}};
+    return {{1, 1, 1, 1}};
+  }
+  // Runs probe on every mesh and hands the results to `check` on rank 0.
+  static void on_every_mesh(ProbeOptions options, const std::function<void(const Golden&)>& check) {
+    test::Scratch scratch(world());
+    int number = 0;
+    for (const Degrees& d : meshes()) {
+      Mesh mesh(d);
+      options.out = scratch / ("out" + std::to_string(number++) + ".safetensors");
+      probe(options, mesh);
+      if (world().rank() == 0) {
+        SCOPED_TRACE("data " + std::to_string(d.data) + " context " + std::to_string(d.context) + " tensor " +
+                     std::to_string(d.tensor) + " expert " + std::to_string(d.expert));
+        check(Golden(options.out));
+      }
+    }
+    world().barrier();
+  }
+  static void near(const Golden& got, const Golden& golden, const std::string& name, double tolerance,
+                   const std::string& golden_name = "") {
+    EXPECT_LT(relative_distance(got[name], golden[golden_name.empty() ? name : golden_name]), tolerance) << name;
+  }
+};
+
+void check_forward(const Golden& got, const Golden& golden, const Tolerance& t) {
+  EXPECT_LT(relative_distance(got["logits"], golden["logits"]), t.f32);
+  EXPECT_LT(relative_distance(got["logits"].narrow(1, kTime - 8, 8), golden["logits_tail_f64"]), t.f64);
+  EXPECT_LT(relative_distance(got["lm_loss"], golden["lm_loss"]), t.f64);
+  for (int l = 1; l <= 4; ++l) {
+    const std::string name = "hidden." + std::to_string(l);
+    EXPECT_LT(relative_distance(got[name], golden[name]), t.f32) << name;
+  }
+  for (int l = 1; l <= 3; ++l) {
+    const std::string name = "router." + std::to_string(l);
+    EXPECT_TRUE(at::equal(got[name + ".experts"], golden[name + ".experts"])) << name;
+    EXPECT_LT(relative_distance(got[name + ".weights"], golden[name + ".weights"]), t.f64) << name;
+  }
+}
+
+// The gradients of the whole model: those stored entirely, and the norm of every one.
+void check_gradients(const Golden& got, const Golden& golden, const SafetensorsFile& file, const Tolerance& t) {
+  int whole = 0, norms = 0;
+  for (const TensorEntry& e : file.entries()) {
+    if (e.name.starts_with("grad.")) {
+      const double tolerance = e.dtype == Dtype::F64 ? t.gradient : std::max(t.gradient, t.f32);
+      EXPECT_LT(relative_distance(got[e.name], golden[e.name]), tolerance) << e.name;
+      ++whole;
+    } else if (e.name.starts_with("gradnorm.")) {
+      const std::string parameter = e.name.substr(9);
+      EXPECT_LT(relative_distance(got["grad." + parameter].to(at::kDouble).norm().reshape({1}), golden[e.name]), t.gradient)
+          << e.name;
+      ++norms;
+    }
+  }
+  EXPECT_GT(whole, 0);
+  EXPECT_GT(norms, 40);
+}
+
+void check_indexer(const Golden& got, const Golden& kl, const std::string& set, const Tolerance& t) {
+  for (int l = 0; l < 4; ++l) {
+    const std::string layer = set + "." + std::to_string(l);
+    EXPECT_LT(relative_distance(got[layer + ".rows"], kl[layer + ".rows"]), t.kl) << layer;
+    for (const char* x : {"wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight"})
+      EXPECT_LT(relative_distance(got[layer + ".grad." + x], kl[layer + ".grad." + x]), t.kl_gradient) << layer << x;
+  }
+}
+
+TEST_F(ProbeGolden, SparseEqualsTransformers) {
+  DSA_GUARD(kTime, kTopK);
+  for (const bool wide : {true, false}) {
+    const Tolerance t = wide ? kFp64 : kFp32;
+    ProbeOptions o;
+    o.model = kGolden + "/hf_v32_tiny";
+    o.tokens = kGolden + "/expected_v32_tiny.safetensors";
+    o.attention = AttentionMode::SPARSE;
+    o.gradients = true;
+    o.query_block = 40;
+    o.model_options.dtype = wide ? at::kDouble : at::kFloat;
+    on_every_mesh(o, [&](const Golden& got) {
+      const Golden golden("expected_v32_tiny"), kl("indexer_kl_tiny");
+      check_forward(got, golden, t);
+      EXPECT_LT(relative_distance(got["final_norm"], golden["final_norm"]), t.f32);
+      for (int l = 0; l < 4; ++l) {
+        const std::string name = "indexer." + std::to_string(l);
+        EXPECT_TRUE(at::equal(got[name + ".topk_mask"], golden[name + ".topk_mask"])) << name;
+        EXPECT_LT(relative_distance(got[name + ".scores"], golden[name + ".scores"]), wide ? t.f32 : 1e-4) << name;
+      }
+      check_gradients(got, golden, SafetensorsFile(o.tokens), t);
+      check_indexer(got, kl, "sparse", t);
+    });
+  }
+}
+
+TEST_F(ProbeGolden, DenseEqualsTransformers) {
+  for (const bool wide : {true, false}) {
+    const Tolerance t = wide ? kFp64 : kFp32;
+    ProbeOptions o;
+    o.model = kGolden + "/hf_v31_tiny";
+    o.tokens = kGolden + "/expected_v31_tiny.safetensors";
+    o.attention = AttentionMode::DENSE;
+    o.gradients = true;
+    o.query_block = 40;
+    o.indexer_from = kGolden + "/hf_v32_tiny/model-00003-of-000003.safetensors";
+    o.top_k = kTopK;
+    o.model_options.dtype = wide ? at::kDouble : at::kFloat;
+    on_every_mesh(o, [&](const Golden& got) {
+      const Golden golden("expected_v31_tiny"), kl("indexer_kl_tiny");
+      check_forward(got, golden, t);
+      check_gradients(got, golden, SafetensorsFile(o.tokens), t);
+      check_indexer(got, kl, "warmup", t);
+    });
+  }
+}
+
+// FP8 folder with partial blocks and an MTP layer. The expected values were computed with weights rounded to BF16;
+// all but o_proj (scales that are no powers of two) are exact there, so the model is compared on BF16 weights.
+TEST_F(ProbeGolden, MtpOfTheFp8Folder) {
+  ProbeOptions o;
+  o.model = kGolden + "/hf_v31_tiny_fp8";
+  o.tokens = kGolden + "/expected_forward_tiny_fp8.safetensors";
+  o.attention = AttentionMode::DENSE;
+  o.model_options.dtype = at::kDouble;
+  on_every_mesh(o, [&](const Golden& got) {
+    const Golden golden("expected_forward_tiny_fp8");
+    // o_proj is not rounded to BF16 here: 2^-9 relative on that matrix.
+    EXPECT_LT(relative_distance(got["logits"], golden["logits"]), 1e-2);
+    EXPECT_LT(relative_distance(got["mtp.logits"], golden["mtp.logits"]), 1e-2);
+    EXPECT_GT(relative_distance(got["mtp.logits"], golden["mtp.logits_from_prenorm_h"]), 0.05);
+    EXPECT_LT(relative_distance(got["mtp.loss_mean"], golden["mtp.loss_mean"]), 1e-2);
+  });
+}
+
+}  // namespace
+}  // namespace dsa
