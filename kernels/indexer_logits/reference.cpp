@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "kernels/gathered_rows/gathered_rows.h"
 #include "kernels/packed/packed.h"
 
 namespace dsa::reference {
@@ -23,19 +24,15 @@ constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
 constexpr int64_t kTileRows = 256;             // rows of a forward product: B*J
 constexpr int64_t kTileKeys = 512;             // its columns: 512 KiB of fp32, stays in a core's L2
 constexpr int64_t kBackwardElements = 1 << 20;  // B*J*X of a dense backward tile: stays in L3
-constexpr int64_t kGatherElements = 128 << 10;  // B*K*D gathered at once by one thread
+constexpr int64_t kSelectedElements = 32 << 10;  // B*J*K of a tile of the selected form, one thread
 
-// max(0, q.k) of the block's rows against gathered or contiguous keys, in the accumulation dtype.
+// max(0, q.k) of the block's rows against a tile of keys, in the accumulation dtype.
 at::Tensor relu_scores(const at::Tensor& q_MD, const at::Tensor& k_XD) { return at::mm(q_MD, k_XD.t()).relu_(); }
 
-int64_t gather_rows(int64_t T, int64_t K, int64_t D, at::Device device) {
-  const int64_t budget = device.is_cpu() ? kGatherElements : 256 * kGatherElements;
-  return std::clamp<int64_t>(budget / std::max<int64_t>(K * D, 1), 1, std::max<int64_t>(T, 1));
-}
-
-at::Tensor gather_keys(const at::Tensor& k_SD, const at::Tensor& indices_BK) {
-  return k_SD.index_select(0, indices_BK.clamp_min(0).reshape({-1}))
-      .view({indices_BK.size(0), indices_BK.size(1), k_SD.size(1)});
+// Rows of a tile of the selected form.
+int64_t selected_rows(int64_t T, int64_t J, int64_t K, at::Device device) {
+  const int64_t budget = device.is_cpu() ? kSelectedElements : 256 * kSelectedElements;
+  return std::clamp<int64_t>(budget / std::max<int64_t>(J * K, 1), 1, std::max<int64_t>(T, 1));
 }
 
 }  // namespace
@@ -96,15 +93,14 @@ IndexerGradients indexer_logits_backward(const at::Tensor& dI_TS, const at::Tens
 at::Tensor indexer_logits_selected(const at::Tensor& q_TJD, const at::Tensor& k_SD, const at::Tensor& w_TJ,
                                    const at::Tensor& indices_TK) {
   const auto acc = accumulation_type(q_TJD);
-  const int64_t T = q_TJD.size(0), D = q_TJD.size(2), K = indices_TK.size(1);
-  const at::Tensor k = k_SD.to(acc);
+  const int64_t T = q_TJD.size(0), J = q_TJD.size(1), K = indices_TK.size(1);
+  const at::Tensor k = k_SD.to(acc).contiguous();
   at::Tensor logits_TK = at::empty({T, K}, q_TJD.options().dtype(acc));
-  const int64_t group = gather_rows(T, K, D, q_TJD.device());
+  const int64_t group = selected_rows(T, J, K, q_TJD.device());
   for_each_block((T + group - 1) / group, q_TJD.device(), [&](int64_t i) {
     const int64_t t = i * group, B = std::min(group, T - t);
     const at::Tensor index_BK = indices_TK.narrow(0, t, B);
-    const at::Tensor k_BKD = gather_keys(k, index_BK);
-    const at::Tensor r_BJK = at::bmm(q_TJD.narrow(0, t, B).to(acc), k_BKD.transpose(1, 2)).relu_();
+    const at::Tensor r_BJK = gathered_dots(q_TJD.narrow(0, t, B).to(acc), k, index_BK).relu_();
     const at::Tensor I_BK = at::bmm(w_TJ.narrow(0, t, B).to(acc).unsqueeze(1), r_BJK).squeeze(1);
     logits_TK.narrow(0, t, B).copy_(I_BK.masked_fill_(index_BK < 0, kMinusInfinity));
   });
@@ -117,9 +113,9 @@ IndexerGradients indexer_logits_selected_backward(const at::Tensor& dI_TK, const
   const auto acc = accumulation_type(q_TJD);
   const int64_t T = q_TJD.size(0), J = q_TJD.size(1), D = q_TJD.size(2), S = k_SD.size(0), K = indices_TK.size(1);
   const auto options = q_TJD.options().dtype(acc);
-  const at::Tensor k = k_SD.to(acc);
+  const at::Tensor k = k_SD.to(acc).contiguous();
   IndexerGradients out{at::empty({T, J, D}, options), at::zeros({S, D}, options), at::empty({T, J}, options)};
-  const int64_t group = gather_rows(T, K, D, q_TJD.device());
+  const int64_t group = selected_rows(T, J, K, q_TJD.device());
   const int64_t outer = std::clamp<int64_t>((8 << 20) / std::max<int64_t>(J * (K + D), 1), group, std::max(T, group));
   for (int64_t first = 0; first < T; first += outer) {
     const int64_t rows = std::min(outer, T - first);
@@ -127,13 +123,13 @@ IndexerGradients indexer_logits_selected_backward(const at::Tensor& dI_TK, const
     for_each_block((rows + group - 1) / group, q_TJD.device(), [&](int64_t i) {
       const int64_t r = i * group, t = first + r, B = std::min(group, rows - r);
       const at::Tensor index_BK = indices_TK.narrow(0, t, B), q_BJD = q_TJD.narrow(0, t, B).to(acc);
-      const at::Tensor w_BJ1 = w_TJ.narrow(0, t, B).to(acc).unsqueeze(2), k_BKD = gather_keys(k, index_BK);
+      const at::Tensor w_BJ1 = w_TJ.narrow(0, t, B).to(acc).unsqueeze(2);
       const at::Tensor dI_BK = dI_TK.narrow(0, t, B).to(acc).masked_fill(index_BK < 0, 0);
-      const at::Tensor r_BJK = at::bmm(q_BJD, k_BKD.transpose(1, 2)).relu_();
+      const at::Tensor r_BJK = gathered_dots(q_BJD, k, index_BK).relu_();
       out.dw_TJ.narrow(0, t, B).copy_(at::bmm(r_BJK, dI_BK.unsqueeze(2)).squeeze(2));
       const at::Tensor g_BJK = g_RJK.narrow(0, r, B);
       g_BJK.copy_(r_BJK.sign_().mul_(dI_BK.unsqueeze(1)));
-      out.dq_TJD.narrow(0, t, B).copy_(at::bmm(g_BJK, k_BKD).mul_(w_BJ1));
+      out.dq_TJD.narrow(0, t, B).copy_(gathered_sums(g_BJK, k, index_BK, D).mul_(w_BJ1));
       wq_RJD.narrow(0, r, B).copy_(q_BJD * w_BJ1);
     });
     add_outer_products(out.dk_SD, g_RJK, wq_RJD, indices_TK.narrow(0, first, rows));

@@ -2,9 +2,7 @@
 #include "kernels/packed/packed.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -22,24 +20,6 @@ std::vector<int64_t> host_numbers(const at::Tensor& x, int64_t rows, const char*
   const at::Tensor host = x.to(at::kCPU, at::kLong).contiguous();
   const int64_t* data = host.const_data_ptr<int64_t>();
   return {data, data + rows};
-}
-
-// Columns a thread owns in add_outer_products. Fixed, so that sums do not depend on the number of threads.
-constexpr int64_t kOwnedColumns = 64;
-constexpr int64_t kProductElements = 64 << 10;  // of one tile of products: stays in L2
-
-template <typename scalar_t>
-void add_rows(const at::Tensor& table_SE, const at::Tensor& product_GKC, const int64_t* index_GK, int64_t column) {
-  const int64_t rows = product_GKC.size(0) * product_GKC.size(1), columns = product_GKC.size(2);
-  const int64_t stride = table_SE.stride(0);
-  const scalar_t* from = product_GKC.const_data_ptr<scalar_t>();
-  scalar_t* table = table_SE.data_ptr<scalar_t>() + column;
-  for (int64_t i = 0; i < rows; ++i, from += columns) {
-    if (index_GK[i] < 0) continue;
-    scalar_t* to = table + index_GK[i] * stride;
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) to[c] += from[c];
-  }
 }
 
 }  // namespace
@@ -95,38 +75,6 @@ void for_each_block(int64_t count, at::Device device, const std::function<void(i
   at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     for (int64_t i = drawn++; i < count; i = drawn++) body(count - 1 - i);
-  });
-}
-
-void add_outer_products(const at::Tensor& table_SE, const at::Tensor& left_BMK, const at::Tensor& right_BME,
-                        const at::Tensor& indices_BK) {
-  const int64_t B = left_BMK.size(0), M = left_BMK.size(1), K = left_BMK.size(2), E = table_SE.size(1);
-  require_shape(right_BME, {B, M, E}, "add_outer_products", "right");
-  require_shape(indices_BK, {B, K}, "add_outer_products", "indices");
-  if (B * K == 0) return;
-  if (!table_SE.is_cpu()) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const at::Tensor flat = indices_BK.reshape({-1}).to(at::kLong);
-    const at::Tensor products = at::bmm(left_BMK.transpose(1, 2), right_BME).view({B * K, E});
-    products.masked_fill_((flat < 0).unsqueeze(1), 0);
-    table_SE.index_add_(0, flat.clamp_min(0), products);
-    return;
-  }
-  const at::Tensor indices = indices_BK.to(at::kLong).contiguous();
-  const int64_t* index = indices.const_data_ptr<int64_t>();
-  for_each_block((E + kOwnedColumns - 1) / kOwnedColumns, table_SE.device(), [&](int64_t chunk) {
-    const int64_t column = chunk * kOwnedColumns, columns = std::min(kOwnedColumns, E - column);
-    const int64_t group = std::clamp<int64_t>(kProductElements / (K * columns), 1, B);
-    for (int64_t b = 0; b < B; b += group) {
-      const int64_t n = std::min(group, B - b);
-      const at::Tensor product =
-          at::bmm(left_BMK.narrow(0, b, n).transpose(1, 2), right_BME.narrow(0, b, n).narrow(2, column, columns));
-      if (product.scalar_type() == at::kDouble) {
-        add_rows<double>(table_SE, product, index + b * K, column);
-      } else {
-        add_rows<float>(table_SE, product, index + b * K, column);
-      }
-    }
   });
 }
 

@@ -42,12 +42,6 @@ void fill_outside(const at::Tensor& tile_BX, const RowBlock& block, const KeyRan
 /// which thread ran them.
 void for_each_block(int64_t count, at::Device device, const std::function<void(int64_t)>& body);
 
-/// table[indices[b,k], :] += sum_m left[b,m,k] * right[b,m,:] for every indices[b,k] >= 0, in the order of b.
-/// table_SE, left_BMK, right_BME of one dtype (fp32 or fp64); indices_BK int32/int64. Threads own columns of
-/// the table: the sum does not depend on their number.
-void add_outer_products(const at::Tensor& table_SE, const at::Tensor& left_BMK, const at::Tensor& right_BME,
-                        const at::Tensor& indices_BK);
-
 /// fp64 for fp64, otherwise fp32: the dtype of statistics, softmax and accumulation.
 at::ScalarType accumulation_type(const at::Tensor& x);
 

@@ -1,4 +1,4 @@
-// Gathered keys and batched products for a few rows at a time; any device. Same contract as sparse_mla.h, without autograd.
+// Products with the listed keys for a few rows at a time; any device. Same contract as sparse_mla.h, without autograd.
 #pragma once
 
 #include "kernels/sparse_mla/sparse_mla.h"

@@ -21,7 +21,7 @@ struct SparseMlaOutput {
 };
 
 /// q_THE [T,H,E], kv_SE [S,E]; indices_TK int32 [T,K], valid for i < lengths_T[t] (int32 [T]); latent = C.
-/// query_block bounds the rows whose gathered keys exist at once. Differentiable in q and kv; keeps only q, kv,
+/// query_block bounds the rows of a score tile. Differentiable in q and kv; keeps only q, kv,
 /// the indices, o and lse.
 SparseMlaOutput sparse_mla(const at::Tensor& q_THE, const at::Tensor& kv_SE, const at::Tensor& indices_TK,
                            const at::Tensor& lengths_T, double scale, int64_t latent, int64_t query_block = 64,
