@@ -48,20 +48,21 @@ DSA_INLINE void dot_tile(const T* left, int64_t left_stride, const T* table, con
   }
 }
 
-template <int M, typename T>
-DSA_INLINE void dot_rows(const T* left, int64_t left_stride, const T* table, const List& list, int64_t width, T* out,
-                         int64_t out_stride) {
-  int64_t i = 0;
-  for (; i + 3 <= list.n; i += 3) dot_tile<M, 3>(left, left_stride, table, list, i, width, out, out_stride);
-  for (; i < list.n; ++i) dot_tile<M, 1>(left, left_stride, table, list, i, width, out, out_stride);
+template <int N, typename T>
+DSA_INLINE void dot_heads(const T* left, int64_t left_stride, int64_t heads, const T* table, const List& list, int64_t i,
+                          int64_t width, T* out, int64_t out_stride) {
+  int64_t m = 0;
+  for (; m + 4 <= heads; m += 4) dot_tile<4, N>(left + m * left_stride, left_stride, table, list, i, width, out + m * out_stride, out_stride);
+  for (; m < heads; ++m) dot_tile<1, N>(left + m * left_stride, left_stride, table, list, i, width, out + m * out_stride, out_stride);
 }
 
+// All heads for a few rows at a time: a row comes from memory once.
 template <typename T>
 DSA_INLINE void all_dots(const T* left, int64_t left_stride, int64_t heads, const T* table, const List& list,
                          int64_t width, T* out, int64_t out_stride) {
-  int64_t m = 0;
-  for (; m + 4 <= heads; m += 4) dot_rows<4>(left + m * left_stride, left_stride, table, list, width, out + m * out_stride, out_stride);
-  for (; m < heads; ++m) dot_rows<1>(left + m * left_stride, left_stride, table, list, width, out + m * out_stride, out_stride);
+  int64_t i = 0;
+  for (; i + 3 <= list.n; i += 3) dot_heads<3>(left, left_stride, heads, table, list, i, width, out, out_stride);
+  for (; i < list.n; ++i) dot_heads<1>(left, left_stride, heads, table, list, i, width, out, out_stride);
 }
 
 // M heads x N vectors of columns, over the list.

@@ -3,6 +3,7 @@
 // Letters as in indexer_logits.h; B rows of a block, M = B*J, X keys of a tile.
 #include "kernels/indexer_logits/reference.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/bmm.h>
@@ -25,6 +26,7 @@ constexpr int64_t kTileRows = 256;             // rows of a forward product: B*J
 constexpr int64_t kTileKeys = 512;             // its columns: 512 KiB of fp32, stays in a core's L2
 constexpr int64_t kBackwardElements = 1 << 20;  // B*J*X of a dense backward tile: stays in L3
 constexpr int64_t kSelectedElements = 32 << 10;  // B*J*K of a tile of the selected form, one thread
+constexpr int64_t kFactorElements = 1 << 20;  // R*J*(K+D) a thread between the two halves of its backward pass: in L3
 
 // max(0, q.k) of the block's rows against a tile of keys, in the accumulation dtype.
 at::Tensor relu_scores(const at::Tensor& q_MD, const at::Tensor& k_XD) { return at::mm(q_MD, k_XD.t()).relu_(); }
@@ -116,7 +118,7 @@ IndexerGradients indexer_logits_selected_backward(const at::Tensor& dI_TK, const
   const at::Tensor k = k_SD.to(acc).contiguous();
   IndexerGradients out{at::empty({T, J, D}, options), at::zeros({S, D}, options), at::empty({T, J}, options)};
   const int64_t group = selected_rows(T, J, K, q_TJD.device());
-  const int64_t outer = std::clamp<int64_t>((8 << 20) / std::max<int64_t>(J * (K + D), 1), group, std::max(T, group));
+  const int64_t outer = std::clamp<int64_t>(at::get_num_threads() * kFactorElements / std::max<int64_t>(J * (K + D), 1), group, std::max(T, group));
   for (int64_t first = 0; first < T; first += outer) {
     const int64_t rows = std::min(outer, T - first);
     const at::Tensor g_RJK = at::empty({rows, J, K}, options), wq_RJD = at::empty({rows, J, D}, options);

@@ -4,6 +4,7 @@
 // Letters as in sparse_mla.h; B rows of a tile [B,H,K], R rows of a block, M = 2H.
 #include "kernels/sparse_mla/reference.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
@@ -19,8 +20,8 @@ namespace dsa::reference {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kTileElements = 64 << 10;    // B*H*K of one thread on the CPU: stays in its cache
-constexpr int64_t kFactorElements = 16 << 20;  // R*M*(K+E) kept between the two halves of the backward pass
+constexpr int64_t kTileElements = 32 << 10;   // B*H*K of one thread on the CPU: stays in its cache
+constexpr int64_t kFactorElements = 1 << 20;  // R*M*(K+E) a thread between the two halves of the backward pass: in L3
 
 int64_t tile_rows(const at::Tensor& q_THE, int64_t K, int64_t query_block) {
   if (!q_THE.is_cpu()) return query_block;
@@ -74,7 +75,7 @@ SparseMlaGradients sparse_mla_backward(const at::Tensor& do_THC, const at::Tenso
   const at::Tensor dq_THE = at::zeros({T, H, E}, q_THE.options());
   if (K == 0 || kv.size(0) == 0) return {dq_THE, dkv_SE.to(kv_SE.scalar_type())};
   const int64_t group = tile_rows(q_THE, K, query_block);
-  const int64_t block = std::clamp<int64_t>(kFactorElements / (2 * H * (K + E)), group, std::max(T, group));
+  const int64_t block = std::clamp<int64_t>(at::get_num_threads() * kFactorElements / (2 * H * (K + E)), group, std::max(T, group));
   for (int64_t first = 0; first < T; first += block) {
     const int64_t R = std::min(block, T - first);
     const at::Tensor left_RMK = at::empty({R, 2 * H, K}, options);   // [scale ds ; p]
