@@ -1,5 +1,7 @@
 #include "parallel/mpi_communicator.h"
 
+#include <sched.h>
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/maximum.h>
@@ -115,7 +117,10 @@ void MpiCommunicator::exchange(const std::vector<Block>& send, const std::vector
   for (size_t i = 0; i < requests.size(); ++i) {
     MPI_Status status;
     int done = 0, result = MPI_SUCCESS;
-    while (!done && result == MPI_SUCCESS) result = MPI_Test(&requests[i], &done, &status);
+    while (!done && result == MPI_SUCCESS) {
+      result = MPI_Test(&requests[i], &done, &status);
+      if (!done) sched_yield();  // ranks may share cores
+    }
     if (result != MPI_SUCCESS) failure = result;
     if (result != MPI_SUCCESS || i >= expected.size() || !problem.empty()) continue;
     int bytes = 0;

@@ -15,7 +15,7 @@ using torch::autograd::variable_list;
 struct Recompute : torch::autograd::Function<Recompute> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const RecomputedFunction& function) {
     ctx->save_for_backward({x});
-    ctx->saved_data["function"] = c10::make_intrusive<Holder>(function);
+    ctx->saved_data["function"] = c10::IValue::make_capsule(c10::make_intrusive<Holder>(function));
     const c10::NoGradGuard no_grad;
     auto [y, term] = function(x, /*first_of_two=*/true);
     return {y, term};
