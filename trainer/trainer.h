@@ -28,12 +28,12 @@ class Trainer {
   void save(int64_t number);
 
   Transformer& model() { return model_; }
-  ShardedAdamW& optimizer() { return *optimizer_; }
+  const ShardedAdamW& optimizer() const { return *optimizer_; }
   int64_t steps_done() const { return done_; }
 
  private:
   StepReport assemble(const ModelReport& report, const std::vector<int64_t>& targets, const GradientNorms& norms) const;
-  void announce(const StartingPoint& start);
+  void announce();
   void finish(const std::string& reason);
 
   ResolvedRecipe resolved_;
@@ -41,6 +41,7 @@ class Trainer {
   Mesh& mesh_;
   StartingPoint start_;
   std::unique_ptr<TokenDataset> dataset_;
+  std::string tokenizer_;  // one line: whether it was compared with the model's
   BatchLoader loader_;
   Transformer model_;
   std::unique_ptr<ShardedAdamW> optimizer_;

@@ -1,0 +1,122 @@
+// What must hold of the model by itself, fp64, one process: packed documents are separate runs, top-k over everything is
+// dense attention, the warm-up leaves the backbone alone.
+#include <ATen/ops/cat.h>
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "tests/support/dsa_guard.h"
+#include "tests/support/tensors.h"
+#include "trainer/checkpoint/weight_source.h"
+#include "trainer/initialise.h"
+#include "trainer/model/transformer.h"
+
+namespace dsa {
+namespace {
+
+const std::string kModel = std::string(DSA_GOLDEN) + "/hf_v32_tiny";
+constexpr int64_t kTopK = 16;
+
+Sample random_sample(int64_t tokens, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  Sample s;
+  for (int64_t i = 0; i < tokens; ++i) s.tokens.push_back(static_cast<int32_t>(random() % 512));
+  s.tokens.push_back(-1);
+  s.document_start.assign(tokens, 0);
+  return s;
+}
+
+struct Passed {
+  Recorder recorder;
+  ModelReport report;
+  std::map<std::string, at::Tensor> gradients;
+};
+
+class ModelTest : public testing::Test {
+ protected:
+  ModelTest() : source_(open_weights(kModel)), mesh_(Mesh::single()) {}
+
+  Passed pass(const std::vector<Sample>& samples, AttentionMode attention, bool train_backbone, int64_t top_k = kTopK) {
+    ModelConfig config = source_->config();
+    config.indexer->top_k = top_k;
+    Transformer model(config, {at::kDouble, false, false}, mesh_);
+    model.parameters().set_trainable(ParameterGroup::BACKBONE, train_backbone);
+    model.parameters().set_trainable(ParameterGroup::INDEXER, true);
+    InitialWeights(source_, false, 0, 0).fill(model.parameters(), false);
+    const TokenBatch batch = make_batch(samples, config, mesh_, at::kDouble);
+    StagePlan plan;
+    plan.attention = attention;
+    plan.train_backbone = train_backbone;
+    plan.indexer_loss = plan.train_indexer = true;
+    plan.query_block = 24;
+    Passed out;
+    out.report = model.report();
+    const at::Tensor loss = model.forward({batch, plan, out.report, &out.recorder});
+    if (loss.defined()) loss.backward();
+    for (const Parameter& p : model.parameters().parameters)
+      for (const ShardSpec& s : p.shards)
+        if (p.value.grad().defined()) out.gradients[s.name] = p.value.grad().clone();
+    return out;
+  }
+
+  std::shared_ptr<const WeightSource> source_;
+  Mesh mesh_;
+};
+
+TEST_F(ModelTest, PackedDocumentsAreSeparateRuns) {
+  const std::vector<Sample> documents{random_sample(40, 1), random_sample(25, 2), random_sample(31, 3)};
+  for (const Sample& d : documents) DSA_GUARD(d.document_start.size(), kTopK);
+  Sample packed;
+  for (const Sample& d : documents) {
+    const auto start = static_cast<int32_t>(packed.tokens.size());
+    packed.tokens.insert(packed.tokens.end(), d.tokens.begin(), d.tokens.end() - 1);
+    packed.document_start.insert(packed.document_start.end(), d.document_start.size(), start);
+  }
+  packed.tokens.push_back(-1);
+  for (const AttentionMode attention : {AttentionMode::DENSE, AttentionMode::SPARSE}) {
+    const Passed together = pass({packed}, attention, true);
+    std::vector<Passed> apart;
+    for (const Sample& d : documents) apart.push_back(pass({d}, attention, true));
+    const std::string set = attention == AttentionMode::DENSE ? "warmup." : "sparse.";
+    for (const std::string name : {std::string("hidden.4"), set + "0.rows", set + "3.rows"}) {
+      std::vector<at::Tensor> rows;
+      for (const Passed& p : apart) rows.push_back(p.recorder.rows_N.at(name));
+      EXPECT_LT(relative_distance(together.recorder.rows_N.at(name), at::cat(rows)), 1e-11) << name;
+    }
+    double loss = 0;
+    for (const Passed& p : apart) loss += p.report.lm_loss;
+    EXPECT_NEAR(together.report.lm_loss, loss, 1e-10 * loss);
+    for (const auto& [name, gradient] : together.gradients) {
+      at::Tensor sum = apart[0].gradients.at(name) + apart[1].gradients.at(name) + apart[2].gradients.at(name);
+      EXPECT_LT(relative_distance(gradient, sum), 1e-10) << name;
+    }
+  }
+}
+
+TEST_F(ModelTest, SelectingEverythingIsDenseAttention) {
+  const std::vector<Sample> samples{random_sample(60, 4), random_sample(60, 5)};
+  DSA_GUARD(60, kTopK);
+  const Passed dense = pass(samples, AttentionMode::DENSE, true), all = pass(samples, AttentionMode::SPARSE, true, 64),
+               few = pass(samples, AttentionMode::SPARSE, true);
+  for (const auto& [name, gradient] : dense.gradients)
+    EXPECT_LT(relative_distance(all.gradients.at(name), gradient), 1e-9) << name;
+  EXPECT_NEAR(all.report.lm_loss, dense.report.lm_loss, 1e-10 * dense.report.lm_loss);
+  EXPECT_GT(std::abs(few.report.lm_loss - dense.report.lm_loss), 1e-6);
+}
+
+TEST_F(ModelTest, EachLossTrainsItsOwnHalf) {
+  const std::vector<Sample> samples{random_sample(60, 6)};
+  DSA_GUARD(60, kTopK);
+  const Passed warmup = pass(samples, AttentionMode::DENSE, false), sparse = pass(samples, AttentionMode::SPARSE, true);
+  EXPECT_EQ(warmup.gradients.size(), 4u * 5u);
+  for (const auto& [name, gradient] : warmup.gradients) EXPECT_TRUE(is_indexer_tensor(name)) << name;
+  // The indexer's gradient is that of the KL alone: it does not change when the LM loss is there or not.
+  const Passed both = pass(samples, AttentionMode::DENSE, true);
+  for (const auto& [name, gradient] : warmup.gradients) EXPECT_TRUE(at::equal(gradient, both.gradients.at(name))) << name;
+  // And the backbone's that of the LM loss alone.
+  for (const auto& [name, gradient] : sparse.gradients)
+    if (!is_indexer_tensor(name)) EXPECT_GT(gradient.abs().max().item<double>(), 0) << name;
+}
+
+}  // namespace
+}  // namespace dsa
