@@ -5,7 +5,7 @@
 //   code = e4m3fn( clamp(y / scale, -448, 448) ), round to nearest even
 //
 // The fp32 sums are formed by the in-place butterfly with strides 1, 2, 4, ..., 64 ((a, b) -> (a + b, a - b)), then
-// multiplied by fl(128^-1/2): that fixes every bit.
+// multiplied by fl(128^-1/2): that fixes every bit. A NaN or an infinity among y makes the scale NaN or infinite.
 #pragma once
 
 #include <cstddef>

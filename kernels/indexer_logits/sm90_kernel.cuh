@@ -1,0 +1,413 @@
+// The lightning indexer's scores on Hopper's tensor cores; see params.h for the formula.
+//
+// A wgmma multiplies 64 keys (M) by 128 (query, head) pairs (N); the sum over heads then stays inside the four lanes
+// that share a key's row. A unit of work is a tile of kTileKeys keys by a block of kQueries query rows; the tiles of
+// all blocks, in order, are cut into equal spans, one for each multiprocessor. One warp copies: the queries, weights
+// and ranges of the next block beside those in use, and a ring of key tiles. Each math warpgroup owns 64 keys of a
+// tile and walks the block's queries 128 pairs at a time with two sets of accumulators: while the tensor core fills
+// one, the warps reduce the other. A key is fetched once for kQueries queries.
+//
+// Letters: T query rows, S keys, J heads (padded to kHeads by zero weights), D dim (padded to 128 by the copy engine).
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/mbarrier.cuh"
+#include "kernels/cuda/tma.cuh"
+#include "kernels/cuda/wgmma.cuh"
+#include "kernels/indexer_logits/params.h"
+
+namespace dsa::indexer_logits_sm90 {
+
+struct Arguments {
+  int64_t queries;
+  int keys, heads;
+  const float* w;  // [T,J]
+  int64_t w_stride;
+  const float* k_scale;      // [S] or null
+  const int32_t *start, *end;  // [T] or null
+  float* logits;             // [T,S]
+  int64_t logits_stride;
+};
+
+template <bool kFp8_, int kHeads_>
+struct Config {
+  static constexpr bool kFp8 = kFp8_;
+  static constexpr int kHeads = kHeads_;                 // 8, 16, 32 or 64
+  #ifndef DEV_SUBS
+#define DEV_SUBS (kFp8 ? 2 : 1)
+#endif
+  static constexpr int kGroups = 2;                      // math warpgroups
+  static constexpr int kSubs = DEV_SUBS;                 // times 64 keys of a warpgroup in a tile
+  static constexpr int kTileKeys = 64 * kGroups * kSubs;
+  static constexpr int kSteps = 2;                       // wgmma columns of a block / 128
+  static constexpr int kStepQueries = 128 / kHeads;
+  static constexpr int kQueries = kSteps * kStepQueries;
+  static constexpr int kPanels = kFp8 ? 1 : 2;           // 128-byte panels of a 128-element row
+  static constexpr int kPanelElements = 128 / kPanels;
+  static constexpr int kStepBytes = 128 * 128 * kPanels;
+  static constexpr int kQueryBytes = kSteps * kStepBytes;
+  static constexpr int kStageBytes = kTileKeys * 128 * kPanels;
+  static constexpr int kExtraBytes = 2 * (kSteps * 512 + kQueries * 8 + 64) + 512;
+  static constexpr int kStages = (227 * 1024 - 2 * kQueryBytes - kExtraBytes) / kStageBytes > 6 ? 6 : (227 * 1024 - 2 * kQueryBytes - kExtraBytes) / kStageBytes;
+  static constexpr int kThreads = 128 * (kGroups + 1);
+};
+
+struct Range {
+  int begin, end;
+};
+
+// What the copying warp tells the others about a block, beside its queries.
+template <class C>
+struct Block {
+  alignas(16) float weights[C::kSteps * 128];  // in the order in which a lane reads them, see weight_place
+  Range range[C::kQueries];
+  int64_t first_query;
+  int first_key, tiles;            // this multiprocessor's share; no tiles: the end
+  int end_key;                     // one past the last that some row wants
+  Range common;                    // the keys that every row wants
+};
+
+template <class C>
+struct Shared {
+  alignas(1024) char q[2][C::kQueryBytes];
+  alignas(1024) char k[C::kStages][C::kStageBytes];
+  Block<C> block[2];
+  uint64_t q_full[2], q_empty[2], k_full[C::kStages], k_empty[C::kStages];
+  int64_t warp_sums[C::kThreads / 32];
+  int64_t first_block, first_tile;
+};
+
+// Column c = 8b + 2q + e of a step, read by lane q (mod 4): the two column pairs of blocks 2i and 2i+1 side by side.
+__device__ __forceinline__ int weight_place(int c) {
+  const int b = c >> 3, q = (c >> 1) & 3, e = c & 1;
+  return (b >> 1) * 16 + q * 4 + (b & 1) * 2 + e;
+}
+
+__device__ __forceinline__ Range row_range(const Arguments& a, int64_t t) {
+  if (t >= a.queries) return {0, 0};
+  const int begin = a.start ? max(__ldg(a.start + t), 0) : 0;
+  const int end = a.end ? min(__ldg(a.end + t), a.keys) : a.keys;
+  return begin < end ? Range{begin, end} : Range{0, 0};
+}
+
+// The keys that some row of a block wants, from a multiple of 8 on (whole 32-byte sectors of logits), and those that
+// every row wants.
+template <class C, int kAtOnce>
+__device__ __forceinline__ Range block_range(const Arguments& a, int64_t block, Range* common = nullptr) {
+  Range all{a.keys, 0}, every{0, a.keys};
+#pragma unroll kAtOnce
+  for (int i = 0; i < C::kQueries; ++i) {
+    const Range r = row_range(a, block * C::kQueries + i);
+    if (r.begin < r.end) all = {min(all.begin, r.begin), max(all.end, r.end)};
+    every = {max(every.begin, r.begin), min(every.end, r.end)};
+  }
+  if (common) *common = every;
+  return all.begin < all.end ? Range{all.begin & ~7, all.end} : Range{0, 0};
+}
+
+template <class C>
+__device__ __forceinline__ int tiles_of(Range r) {
+  return (r.end - r.begin + C::kTileKeys - 1) / C::kTileKeys;
+}
+
+// Where this multiprocessor's equal share of all tiles begins: a block, and tiles to skip in it. Returns its size.
+template <class C>
+__device__ int64_t find_share(const Arguments& a, int64_t blocks, Shared<C>& s) {
+  const int64_t each = (blocks + C::kThreads - 1) / C::kThreads;
+  const int64_t from = min(each * threadIdx.x, blocks), to = min(from + each, blocks);
+  int64_t own = 0;
+  for (int64_t b = from; b < to; ++b) own += tiles_of<C>(block_range<C, 8>(a, b));
+  int64_t upto = own;  // inclusive prefix sum over the threads
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int d = 1; d < 32; d *= 2) {
+    const int64_t other = __shfl_up_sync(~0u, upto, d);
+    if (lane >= d) upto += other;
+  }
+  if (lane == 31) s.warp_sums[warp] = upto;
+  __syncthreads();
+  int64_t total = 0;
+  for (int i = 0; i < C::kThreads / 32; ++i) {
+    if (i < warp) upto += s.warp_sums[i];
+    total += s.warp_sums[i];
+  }
+  const int64_t rest = total % gridDim.x;
+  const int64_t first = total / gridDim.x * blockIdx.x + (blockIdx.x < rest ? blockIdx.x : rest);
+  const int64_t count = total / gridDim.x + (blockIdx.x < rest);
+  if (count > 0 && upto - own <= first && first < upto) {
+    int64_t skip = first - (upto - own), b = from;
+    for (;; ++b) {
+      const int n = tiles_of<C>(block_range<C, 8>(a, b));
+      if (skip < n) break;
+      skip -= n;
+    }
+    s.first_block = b;
+    s.first_tile = skip;
+  }
+  __syncthreads();
+  return count;
+}
+
+template <class C>
+__device__ void copy_blocks(const CUtensorMap* map_q, const CUtensorMap* map_k, const Arguments& a, Shared<C>& s,
+                            int64_t left) {
+  const int lane = threadIdx.x % 32;
+  int64_t block = left > 0 ? s.first_block : 0, skip = left > 0 ? s.first_tile : 0;
+  int stage = 0, stage_phase = 0;
+  for (int use = 0;; ++block) {
+    Range keys{0, 0}, common{0, 0};
+    int tiles = 0;
+    if (left > 0) {
+      keys = block_range<C, 2>(a, block, &common);
+      const int64_t in_block = tiles_of<C>(keys) - skip;
+      tiles = static_cast<int>(in_block < left ? in_block : left);
+      if (tiles == 0) continue;
+    }
+    const int buffer = use & 1;
+    cuda::mbarrier_wait(&s.q_empty[buffer], (use >> 1 & 1) ^ 1);
+    Block<C>& b = s.block[buffer];
+    const int64_t t0 = block * C::kQueries;
+    const int first_key = keys.begin + static_cast<int>(skip) * C::kTileKeys;
+    if (tiles > 0) {
+#pragma unroll 2
+      for (int i = lane; i < C::kSteps * 128; i += 32) {
+        const int64_t t = t0 + i / C::kHeads;
+        const int j = i % C::kHeads;
+        b.weights[(i & ~127) + weight_place(i & 127)] =
+            t < a.queries && j < a.heads ? __ldg(a.w + t * a.w_stride + j) * (C::kFp8 ? 0x1p25f : 1.f) : 0.f;
+      }
+      for (int i = lane; i < C::kQueries; i += 32) b.range[i] = row_range(a, t0 + i);
+    }
+    if (lane == 0) {
+      b.first_query = t0;
+      b.first_key = first_key;
+      b.tiles = tiles;
+      b.end_key = keys.end;
+      b.common = common;
+    }
+    __syncwarp();
+    if (tiles == 0) {
+      if (lane == 0) cuda::mbarrier_arrive(&s.q_full[buffer]);
+      return;
+    }
+    if (lane == 0) {
+      cuda::mbarrier_arrive_expect(&s.q_full[buffer], C::kQueryBytes);
+      for (int i = 0; i < C::kSteps; ++i)
+        for (int panel = 0; panel < C::kPanels; ++panel)
+          cuda::tma_load_3d(s.q[buffer] + i * C::kStepBytes + panel * 128 * 128, map_q, &s.q_full[buffer],
+                      panel * C::kPanelElements, 0, static_cast<int>(t0) + i * C::kStepQueries);
+      for (int i = 0; i < tiles; ++i) {
+        cuda::mbarrier_wait(&s.k_empty[stage], stage_phase ^ 1);
+        cuda::mbarrier_arrive_expect(&s.k_full[stage], C::kStageBytes);
+        for (int panel = 0; panel < C::kPanels; ++panel)
+          cuda::tma_load_2d(s.k[stage] + panel * C::kTileKeys * 128, map_k, &s.k_full[stage], panel * C::kPanelElements,
+                      first_key + i * C::kTileKeys);
+        if (++stage == C::kStages) stage = 0, stage_phase ^= 1;
+      }
+    }
+    stage = __shfl_sync(~0u, stage, 0);
+    stage_phase = __shfl_sync(~0u, stage_phase, 0);
+    left -= tiles;
+    skip = 0;
+    ++use;
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void multiply(float (&acc)[64], uint64_t keys, uint64_t queries) {
+  cuda::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < C::kPanels * 4; ++i) {
+    const uint64_t a = keys + i / 4 * (C::kTileKeys * 128 / 16) + i % 4 * 2;
+    const uint64_t b = queries + i / 4 * (128 * 128 / 16) + i % 4 * 2;
+    if constexpr (C::kFp8) i == 0 ? cuda::wgmma_e4m3_first(acc, a, b) : cuda::wgmma_e4m3(acc, a, b);
+    else i == 0 ? cuda::wgmma_bf16_first(acc, a, b) : cuda::wgmma_bf16(acc, a, b);
+  }
+  cuda::wgmma_commit();
+}
+
+// relu(x) times 2^-25 for e4m3, whose dot products stay below 128 * 448^2 < 2^25: a saturating multiplication runs on
+// the FMA pipe, a maximum on the slower ALU; both are exact. NaN becomes 0 in the first and stays NaN in the second.
+template <class C>
+__device__ __forceinline__ float relu(float x) {
+  float y;
+  if constexpr (C::kFp8) asm("mul.sat.f32 %0, %1, 0f33000000;" : "=f"(y) : "f"(x));
+  else asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Sums one step's accumulators over the heads. Lane q of a quad returns, in value[i], query 2i + q/2 of the step and
+// its row r + 8(q%2).
+template <class C>
+__device__ __forceinline__ void sum_heads(const float (&acc)[64], const float4 (&weights)[8], float (&value)[C::kStepQueries / 2]) {
+  constexpr int kBlocks = C::kHeads / 8;  // of eight columns a query
+  const int q = threadIdx.x & 3;
+  float sum[2 * C::kStepQueries];         // [query][row half]
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int pair = kBlocks >= 4 ? (i % C::kStepQueries) * (kBlocks / 2) + i / C::kStepQueries : i;  // queries in turn
+    const float4 w4 = weights[pair];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int b = 2 * pair + half, query = b / kBlocks;
+      const float w0 = half ? w4.z : w4.x, w1 = half ? w4.w : w4.y;
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        float& x = sum[2 * query + row];
+        const float y0 = relu<C>(acc[4 * b + 2 * row]), y1 = relu<C>(acc[4 * b + 2 * row + 1]);
+        x = b % kBlocks == 0 ? y0 * w0 : fmaf(y0, w0, x);
+        x = fmaf(y1, w1, x);
+      }
+    }
+  }
+  float two[C::kStepQueries];  // [pair of queries][row half], of query 2i + q/2
+  const bool high = q & 2, odd = q & 1;
+#pragma unroll
+  for (int i = 0; i < C::kStepQueries; ++i) {
+    const int at = (i / 2) * 4 + i % 2;
+    const float mine = high ? sum[at + 2] : sum[at], theirs = high ? sum[at] : sum[at + 2];
+    two[i] = mine + __shfl_xor_sync(~0u, theirs, 2);
+  }
+#pragma unroll
+  for (int i = 0; i < C::kStepQueries / 2; ++i) {
+    const float mine = odd ? two[2 * i + 1] : two[2 * i], theirs = odd ? two[2 * i] : two[2 * i + 1];
+    value[i] = mine + __shfl_xor_sync(~0u, theirs, 1);
+  }
+}
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+template <class C>
+__device__ void score_blocks(const Arguments& a, Shared<C>& s) {
+  constexpr int kSubKeys = 64 * C::kGroups;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int own_key = group * 64 + warp * 16 + lane / 4 + 8 * (lane & 1), own_query = (lane & 3) >> 1;
+  int stage = 0, stage_phase = 0;
+  for (int use = 0;; ++use) {
+    const int buffer = use & 1;
+    cuda::mbarrier_wait(&s.q_full[buffer], use >> 1 & 1);
+    const Block<C>& b = s.block[buffer];
+    const int tiles = __shfl_sync(~0u, b.tiles, 0);
+    if (tiles == 0) return;
+    const uint64_t queries = cuda::wgmma_operand(s.q[buffer]);
+    const uint64_t keys = cuda::wgmma_operand(s.k[0] + group * 64 * 128);
+    const Range common = b.common;
+    const int end_key = __shfl_sync(~0u, b.end_key, 0);
+    int tile_key = b.first_key, key = tile_key + own_key;
+    float* out = a.logits + (b.first_query + own_query) * a.logits_stride + key;
+    const auto load_scale = [&](int of_key) { return a.k_scale ? __ldg(a.k_scale + min(of_key, a.keys - 1)) : 1.f; };
+    float next_scale[C::kSubs];
+#pragma unroll
+    for (int sub = 0; sub < C::kSubs; ++sub) next_scale[sub] = load_scale(key + sub * kSubKeys);
+    float4 weights[C::kSteps][8];
+#pragma unroll
+    for (int step = 0; step < C::kSteps; ++step)
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        weights[step][i] = reinterpret_cast<const float4*>(b.weights + step * 128)[i * 4 + (lane & 3)];
+
+    float even[64], odd[64];  // accumulators of even and odd units
+    for (int i = 0; i < tiles; ++i, tile_key += C::kTileKeys, key += C::kTileKeys, out += C::kTileKeys) {
+      float scale[C::kSubs];
+#pragma unroll
+      for (int sub = 0; sub < C::kSubs; ++sub) {
+        scale[sub] = next_scale[sub];
+        next_scale[sub] = load_scale(key + C::kTileKeys + sub * kSubKeys);
+      }
+      const bool inside = tile_key >= common.begin && tile_key + C::kTileKeys <= common.end;
+      const uint64_t tile = keys + stage * (C::kStageBytes / 16);
+      // A unit is a step of queries by 64 keys.
+      const auto multiply_unit = [&](int unit, float(&acc)[64]) {
+        multiply<C>(acc, tile + unit / C::kSteps * (kSubKeys * 128 / 16), queries + unit % C::kSteps * (C::kStepBytes / 16));
+      };
+      const auto reduce_unit = [&](int unit, float(&acc)[64]) {
+        const int sub = unit / C::kSteps, step = unit % C::kSteps;
+        cuda::wgmma_settle(acc);
+        float value[C::kStepQueries / 2];
+        sum_heads<C>(acc, weights[step], value);
+#pragma unroll
+        for (int j = 0; j < C::kStepQueries / 2; ++j) {
+          const int query = step * C::kStepQueries + 2 * j, this_key = key + sub * kSubKeys;
+          bool store = inside;
+          if (!inside) {
+            const Range r = b.range[query + own_query];
+            store = this_key >= r.begin && this_key < r.end;
+          }
+          if (store) __stcs(out + query * a.logits_stride + sub * kSubKeys, value[j] * scale[sub]);
+        }
+      };
+      // The accumulators are never in flight from one tile to the next: the compiler would serialise everything.
+      const auto score_units = [&](auto units) {
+        multiply_unit(0, even);
+#pragma unroll
+        for (int unit = 0; unit < decltype(units)::value; unit += 2) {
+          multiply_unit(unit + 1, odd);
+          cuda::wgmma_wait<1>();
+          reduce_unit(unit, even);
+          if (unit + 2 < decltype(units)::value) {
+            multiply_unit(unit + 2, even);
+            cuda::wgmma_wait<1>();
+          } else {
+            cuda::wgmma_wait<0>();
+            if (lane == 0) cuda::mbarrier_arrive(&s.k_empty[stage]);
+          }
+          reduce_unit(unit + 1, odd);
+        }
+      };
+      cuda::mbarrier_wait(&s.k_full[stage], stage_phase);
+      if (C::kSubs == 1 || tile_key + kSubKeys < end_key) score_units(Count<C::kSubs * C::kSteps>());
+      else score_units(Count<C::kSteps>());  // the rest of the last tile lies outside
+      if (++stage == C::kStages) stage = 0, stage_phase ^= 1;
+    }
+    __syncwarp();
+    if (lane == 0) cuda::mbarrier_arrive(&s.q_empty[buffer]);
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    score(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k, const Arguments a) {
+  extern __shared__ __align__(1024) char memory[];
+  Shared<C>& s = *reinterpret_cast<Shared<C>*>(memory);
+  if (threadIdx.x == 0) {
+    cuda::tma_prefetch_map(&map_q);
+    cuda::tma_prefetch_map(&map_k);
+    for (int i = 0; i < 2; ++i) {
+      cuda::mbarrier_init(&s.q_full[i], 1);
+      cuda::mbarrier_init(&s.q_empty[i], 4 * C::kGroups);
+    }
+    for (int i = 0; i < C::kStages; ++i) {
+      cuda::mbarrier_init(&s.k_full[i], 1);
+      cuda::mbarrier_init(&s.k_empty[i], 4 * C::kGroups);
+    }
+    cuda::mbarrier_init_fence();
+  }
+  const int64_t blocks = (a.queries + C::kQueries - 1) / C::kQueries;
+  const int64_t share = find_share<C>(a, blocks, s);
+  if (__shfl_sync(~0u, threadIdx.x / 128, 0) == C::kGroups) {
+    cuda::fewer_registers<40>();
+    if (__shfl_sync(~0u, threadIdx.x / 32, 0) == 4 * C::kGroups) copy_blocks<C>(&map_q, &map_k, a, s, share);
+  } else {
+    cuda::more_registers<232>();
+    score_blocks<C>(a, s);
+  }
+}
+
+/// Describes q and k to the copy engine once the kernel's boxes are known.
+struct Maps {
+  const IndexerLogitsParams& p;
+  CUtensorMap queries(int elements, int heads, int queries) const;
+  CUtensorMap keys(int elements, int keys) const;
+};
+
+/// Launch the kernel of the least padded head count that holds a.heads.
+void launch_e4m3(const Maps& maps, const Arguments& a, cudaStream_t stream);
+void launch_bf16(const Maps& maps, const Arguments& a, cudaStream_t stream);
+
+}  // namespace dsa::indexer_logits_sm90
