@@ -19,7 +19,7 @@ done
 
 packages="g++ cmake ninja-build ccache git python3 python3-venv libopenmpi-dev openmpi-bin libhdf5-dev hdf5-tools
   protobuf-compiler libprotobuf-dev libgtest-dev libgmock-dev libcli11-dev libfmt-dev nlohmann-json3-dev
-  libxxhash-dev libisal-dev jargon-text"
+  libxxhash-dev libisal-dev libssl-dev jargon-text"
 missing=$(for p in $packages; do dpkg-query -W -f='${Status}' "$p" 2>/dev/null | grep -q 'install ok installed' || echo "$p"; done)
 if [ -n "$missing" ]; then
   if [ "$(id -u)" -ne 0 ]; then
@@ -57,4 +57,5 @@ install_once tools tools-1 h5py numpy tokenizers safetensors tensorboard matplot
 if [ $oracle = 1 ]; then
   environment oracle
   install_once oracle transformers-5.23.0 torch==2.11.0 transformers==5.23.0 safetensors numpy
+  install_once oracle accelerate-1.15.0 accelerate==1.15.0  # transformers' FP8 loader asks for it
 fi
