@@ -31,6 +31,7 @@ void check_indexer(Checker& check, const Recipe& r, const ModelFacts& model) {
   const auto& indexer = r.model.indexer;
   if (r.stage == StageKind::SPARSE && !model.has_indexer) {
     check.add("stage", "stage SPARSE needs an indexer, and the checkpoint of init.from has none", "run a WARMUP stage first");
+    return;
   }
   const auto fixed = [&](const char* path, const std::optional<int64_t>& said, int64_t existing) {
     if (model.has_indexer && said && *said != existing) {
