@@ -21,10 +21,12 @@ __device__ __forceinline__ void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 }
 
-/// Operand of 128-byte rows, groups of eight rows 1024 bytes apart, swizzled. Advance by 32 bytes: add 2.
-__device__ __forceinline__ uint64_t wgmma_operand(const void* p) {
-  return static_cast<uint64_t>((shared_address(p) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
+/// Operand of 128-byte rows, groups of eight rows 1024 bytes apart, swizzled. The low word of its descriptor; advance by
+/// 16 bytes: add 1.
+__device__ __forceinline__ uint32_t wgmma_operand(const void* p) { return (shared_address(p) & 0x3FFFF) >> 4 | 1u << 16; }
+
+/// The whole descriptor.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t operand) { return 0x4000004000000000ull | operand; }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -44,7 +46,7 @@ __device__ __forceinline__ void wgmma_settle(float (&d)[n]) {
 
 // Two forms of each: the first overwrites d (so that d needs no register before), the second adds to it.
 /// K = 32. d = A B^T.
-__device__ __forceinline__ void wgmma_e4m3_first(float (&d)[64], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void wgmma_e4m3_first(float (&d)[64], uint32_t a, uint32_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -60,11 +62,11 @@ __device__ __forceinline__ void wgmma_e4m3_first(float (&d)[64], uint64_t a, uin
         "=f"(d[40]), "=f"(d[41]), "=f"(d[42]), "=f"(d[43]), "=f"(d[44]), "=f"(d[45]), "=f"(d[46]), "=f"(d[47]),
         "=f"(d[48]), "=f"(d[49]), "=f"(d[50]), "=f"(d[51]), "=f"(d[52]), "=f"(d[53]), "=f"(d[54]), "=f"(d[55]),
         "=f"(d[56]), "=f"(d[57]), "=f"(d[58]), "=f"(d[59]), "=f"(d[60]), "=f"(d[61]), "=f"(d[62]), "=f"(d[63])
-      : "l"(a), "l"(b));
+      : "l"(wgmma_descriptor(a)), "l"(wgmma_descriptor(b)));
 }
 
 /// K = 32. d += A B^T.
-__device__ __forceinline__ void wgmma_e4m3(float (&d)[64], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[64], uint32_t a, uint32_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -80,11 +82,11 @@ __device__ __forceinline__ void wgmma_e4m3(float (&d)[64], uint64_t a, uint64_t 
         "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
         "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "l"(a), "l"(b));
+      : "l"(wgmma_descriptor(a)), "l"(wgmma_descriptor(b)));
 }
 
 /// K = 16. d = A B^T.
-__device__ __forceinline__ void wgmma_bf16_first(float (&d)[64], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void wgmma_bf16_first(float (&d)[64], uint32_t a, uint32_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -100,11 +102,11 @@ __device__ __forceinline__ void wgmma_bf16_first(float (&d)[64], uint64_t a, uin
         "=f"(d[40]), "=f"(d[41]), "=f"(d[42]), "=f"(d[43]), "=f"(d[44]), "=f"(d[45]), "=f"(d[46]), "=f"(d[47]),
         "=f"(d[48]), "=f"(d[49]), "=f"(d[50]), "=f"(d[51]), "=f"(d[52]), "=f"(d[53]), "=f"(d[54]), "=f"(d[55]),
         "=f"(d[56]), "=f"(d[57]), "=f"(d[58]), "=f"(d[59]), "=f"(d[60]), "=f"(d[61]), "=f"(d[62]), "=f"(d[63])
-      : "l"(a), "l"(b));
+      : "l"(wgmma_descriptor(a)), "l"(wgmma_descriptor(b)));
 }
 
 /// K = 16. d += A B^T.
-__device__ __forceinline__ void wgmma_bf16(float (&d)[64], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void wgmma_bf16(float (&d)[64], uint32_t a, uint32_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -120,7 +122,7 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[64], uint64_t a, uint64_t 
         "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
         "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "l"(a), "l"(b));
+      : "l"(wgmma_descriptor(a)), "l"(wgmma_descriptor(b)));
 }
 
 }  // namespace dsa::cuda

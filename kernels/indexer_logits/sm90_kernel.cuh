@@ -37,12 +37,8 @@ template <bool kFp8_, int kHeads_>
 struct Config {
   static constexpr bool kFp8 = kFp8_;
   static constexpr int kHeads = kHeads_;                 // 8, 16, 32 or 64
-  #ifndef DEV_SUBS
-#define DEV_SUBS (kFp8 ? 2 : 1)
-#endif
-  static constexpr int kGroups = 2;                      // math warpgroups
-  static constexpr int kSubs = DEV_SUBS;                 // times 64 keys of a warpgroup in a tile
-  static constexpr int kTileKeys = 64 * kGroups * kSubs;
+    static constexpr int kGroups = 2;                      // math warpgroups
+  static constexpr int kTileKeys = 64 * kGroups;
   static constexpr int kSteps = 2;                       // wgmma columns of a block / 128
   static constexpr int kStepQueries = 128 / kHeads;
   static constexpr int kQueries = kSteps * kStepQueries;
@@ -67,7 +63,6 @@ struct Block {
   Range range[C::kQueries];
   int64_t first_query;
   int first_key, tiles;            // this multiprocessor's share; no tiles: the end
-  int end_key;                     // one past the last that some row wants
   Range common;                    // the keys that every row wants
 };
 
@@ -185,7 +180,6 @@ __device__ void copy_blocks(const CUtensorMap* map_q, const CUtensorMap* map_k, 
       b.first_query = t0;
       b.first_key = first_key;
       b.tiles = tiles;
-      b.end_key = keys.end;
       b.common = common;
     }
     __syncwarp();
@@ -217,12 +211,12 @@ __device__ void copy_blocks(const CUtensorMap* map_q, const CUtensorMap* map_k, 
 }
 
 template <class C>
-__device__ __forceinline__ void multiply(float (&acc)[64], uint64_t keys, uint64_t queries) {
+__device__ __forceinline__ void multiply(float (&acc)[64], uint32_t keys, uint32_t queries) {
   cuda::wgmma_fence();
 #pragma unroll
   for (int i = 0; i < C::kPanels * 4; ++i) {
-    const uint64_t a = keys + i / 4 * (C::kTileKeys * 128 / 16) + i % 4 * 2;
-    const uint64_t b = queries + i / 4 * (128 * 128 / 16) + i % 4 * 2;
+    const uint32_t a = keys + i / 4 * (C::kTileKeys * 128 / 16) + i % 4 * 2;
+    const uint32_t b = queries + i / 4 * (128 * 128 / 16) + i % 4 * 2;
     if constexpr (C::kFp8) i == 0 ? cuda::wgmma_e4m3_first(acc, a, b) : cuda::wgmma_e4m3(acc, a, b);
     else i == 0 ? cuda::wgmma_bf16_first(acc, a, b) : cuda::wgmma_bf16(acc, a, b);
   }
@@ -239,32 +233,39 @@ __device__ __forceinline__ float relu(float x) {
   return y;
 }
 
-// Sums one step's accumulators over the heads. Lane q of a quad returns, in value[i], query 2i + q/2 of the step and
-// its row r + 8(q%2).
+// One step's accumulators, weighted and summed over this lane's heads: [query][row half]. The same weight serves both
+// rows one after the other: the operand is read from the register file once.
 template <class C>
-__device__ __forceinline__ void sum_heads(const float (&acc)[64], const float4 (&weights)[8], float (&value)[C::kStepQueries / 2]) {
+__device__ __forceinline__ void weigh(const float (&acc)[64], const float4 (&weights)[8], float (&sum)[2 * C::kStepQueries]) {
   constexpr int kBlocks = C::kHeads / 8;  // of eight columns a query
-  const int q = threadIdx.x & 3;
-  float sum[2 * C::kStepQueries];         // [query][row half]
+  float chain[2][2 * C::kStepQueries];    // even and odd columns apart: shorter chains
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int pair = kBlocks >= 4 ? (i % C::kStepQueries) * (kBlocks / 2) + i / C::kStepQueries : i;  // queries in turn
+  for (int pair = 0; pair < 8; ++pair) {
     const float4 w4 = weights[pair];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int b = 2 * pair + half, query = b / kBlocks;
-      const float w0 = half ? w4.z : w4.x, w1 = half ? w4.w : w4.y;
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        float& x = sum[2 * query + row];
-        const float y0 = relu<C>(acc[4 * b + 2 * row]), y1 = relu<C>(acc[4 * b + 2 * row + 1]);
-        x = b % kBlocks == 0 ? y0 * w0 : fmaf(y0, w0, x);
-        x = fmaf(y1, w1, x);
+      for (int e = 0; e < 2; ++e) {
+        const float w = half ? (e ? w4.w : w4.z) : (e ? w4.y : w4.x);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          float& x = chain[e][2 * query + row];
+          const float y = relu<C>(acc[4 * b + 2 * row + e]);
+          x = b % kBlocks == 0 ? y * w : fmaf(y, w, x);
+        }
       }
     }
   }
+#pragma unroll
+  for (int i = 0; i < 2 * C::kStepQueries; ++i) sum[i] = chain[0][i] + chain[1][i];
+}
+
+// Sums over the four lanes of a quad. Lane q returns, in value[i], query 2i + q/2 of the step and its row r + 8(q%2).
+template <class C>
+__device__ __forceinline__ void sum_quad(const float (&sum)[2 * C::kStepQueries], float (&value)[C::kStepQueries / 2]) {
   float two[C::kStepQueries];  // [pair of queries][row half], of query 2i + q/2
-  const bool high = q & 2, odd = q & 1;
+  const bool high = threadIdx.x & 2, odd = threadIdx.x & 1;
 #pragma unroll
   for (int i = 0; i < C::kStepQueries; ++i) {
     const int at = (i / 2) * 4 + i % 2;
@@ -278,14 +279,8 @@ __device__ __forceinline__ void sum_heads(const float (&acc)[64], const float4 (
   }
 }
 
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
-
 template <class C>
 __device__ void score_blocks(const Arguments& a, Shared<C>& s) {
-  constexpr int kSubKeys = 64 * C::kGroups;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int own_key = group * 64 + warp * 16 + lane / 4 + 8 * (lane & 1), own_query = (lane & 3) >> 1;
   int stage = 0, stage_phase = 0;
@@ -295,16 +290,13 @@ __device__ void score_blocks(const Arguments& a, Shared<C>& s) {
     const Block<C>& b = s.block[buffer];
     const int tiles = __shfl_sync(~0u, b.tiles, 0);
     if (tiles == 0) return;
-    const uint64_t queries = cuda::wgmma_operand(s.q[buffer]);
-    const uint64_t keys = cuda::wgmma_operand(s.k[0] + group * 64 * 128);
+    const uint32_t queries = cuda::wgmma_operand(s.q[buffer]);
+    const uint32_t keys = cuda::wgmma_operand(s.k[0] + group * 64 * 128);
     const Range common = b.common;
-    const int end_key = __shfl_sync(~0u, b.end_key, 0);
-    int tile_key = b.first_key, key = tile_key + own_key;
-    float* out = a.logits + (b.first_query + own_query) * a.logits_stride + key;
+    int tile_key = b.first_key;
+    float* out = a.logits + (b.first_query + own_query) * a.logits_stride + tile_key + own_key;
     const auto load_scale = [&](int of_key) { return a.k_scale ? __ldg(a.k_scale + min(of_key, a.keys - 1)) : 1.f; };
-    float next_scale[C::kSubs];
-#pragma unroll
-    for (int sub = 0; sub < C::kSubs; ++sub) next_scale[sub] = load_scale(key + sub * kSubKeys);
+    float scale = 1.f, next_scale = load_scale(tile_key + own_key);
     float4 weights[C::kSteps][8];
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step)
@@ -312,59 +304,48 @@ __device__ void score_blocks(const Arguments& a, Shared<C>& s) {
       for (int i = 0; i < 8; ++i)
         weights[step][i] = reinterpret_cast<const float4*>(b.weights + step * 128)[i * 4 + (lane & 3)];
 
-    float even[64], odd[64];  // accumulators of even and odd units
-    for (int i = 0; i < tiles; ++i, tile_key += C::kTileKeys, key += C::kTileKeys, out += C::kTileKeys) {
-      float scale[C::kSubs];
+    bool inside = false;  // of the keys that every row wants
+    const auto store = [&](int step, const float(&sum)[2 * C::kStepQueries]) {
+      float value[C::kStepQueries / 2];
+      sum_quad<C>(sum, value);
 #pragma unroll
-      for (int sub = 0; sub < C::kSubs; ++sub) {
-        scale[sub] = next_scale[sub];
-        next_scale[sub] = load_scale(key + C::kTileKeys + sub * kSubKeys);
+      for (int j = 0; j < C::kStepQueries / 2; ++j) {
+        const int query = step * C::kStepQueries + 2 * j, key = tile_key + own_key;
+        bool wanted = inside;
+        if (!inside) {
+          const Range r = b.range[query + own_query];
+          wanted = key >= r.begin && key < r.end;
+        }
+        if (wanted) __stcs(out + query * a.logits_stride, value[j] * scale);
       }
-      const bool inside = tile_key >= common.begin && tile_key + C::kTileKeys <= common.end;
-      const uint64_t tile = keys + stage * (C::kStageBytes / 16);
-      // A unit is a step of queries by 64 keys.
-      const auto multiply_unit = [&](int unit, float(&acc)[64]) {
-        multiply<C>(acc, tile + unit / C::kSteps * (kSubKeys * 128 / 16), queries + unit % C::kSteps * (C::kStepBytes / 16));
-      };
-      const auto reduce_unit = [&](int unit, float(&acc)[64]) {
-        const int sub = unit / C::kSteps, step = unit % C::kSteps;
-        cuda::wgmma_settle(acc);
-        float value[C::kStepQueries / 2];
-        sum_heads<C>(acc, weights[step], value);
-#pragma unroll
-        for (int j = 0; j < C::kStepQueries / 2; ++j) {
-          const int query = step * C::kStepQueries + 2 * j, this_key = key + sub * kSubKeys;
-          bool store = inside;
-          if (!inside) {
-            const Range r = b.range[query + own_query];
-            store = this_key >= r.begin && this_key < r.end;
-          }
-          if (store) __stcs(out + query * a.logits_stride + sub * kSubKeys, value[j] * scale[sub]);
-        }
-      };
-      // The accumulators are never in flight from one tile to the next: the compiler would serialise everything.
-      const auto score_units = [&](auto units) {
-        multiply_unit(0, even);
-#pragma unroll
-        for (int unit = 0; unit < decltype(units)::value; unit += 2) {
-          multiply_unit(unit + 1, odd);
-          cuda::wgmma_wait<1>();
-          reduce_unit(unit, even);
-          if (unit + 2 < decltype(units)::value) {
-            multiply_unit(unit + 2, even);
-            cuda::wgmma_wait<1>();
-          } else {
-            cuda::wgmma_wait<0>();
-            if (lane == 0) cuda::mbarrier_arrive(&s.k_empty[stage]);
-          }
-          reduce_unit(unit + 1, odd);
-        }
-      };
+    };
+    // While the tensor core works on one step, the other is weighed; the sums of a tile's second step leave while the
+    // next tile's first is multiplied. No accumulator is in flight from one tile to the next: the compiler would
+    // serialise everything.
+    float first[64], second[64], sum[2 * C::kStepQueries];
+    for (int i = 0; i < tiles; ++i) {
+      const uint32_t tile = keys + stage * (C::kStageBytes / 16);
       cuda::mbarrier_wait(&s.k_full[stage], stage_phase);
-      if (C::kSubs == 1 || tile_key + kSubKeys < end_key) score_units(Count<C::kSubs * C::kSteps>());
-      else score_units(Count<C::kSteps>());  // the rest of the last tile lies outside
+      multiply<C>(first, tile, queries);
+      multiply<C>(second, tile, queries + C::kStepBytes / 16);
+      if (i > 0) {
+        store(1, sum);
+        tile_key += C::kTileKeys, out += C::kTileKeys;
+      }
+      scale = next_scale;
+      next_scale = load_scale(tile_key + C::kTileKeys + own_key);
+      inside = tile_key >= common.begin && tile_key + C::kTileKeys <= common.end;
+      cuda::wgmma_wait<1>();
+      cuda::wgmma_settle(first);
+      weigh<C>(first, weights[0], sum);
+      store(0, sum);
+      cuda::wgmma_wait<0>();
+      if (lane == 0) cuda::mbarrier_arrive(&s.k_empty[stage]);
       if (++stage == C::kStages) stage = 0, stage_phase ^= 1;
+      cuda::wgmma_settle(second);
+      weigh<C>(second, weights[1], sum);
     }
+    store(1, sum);
     __syncwarp();
     if (lane == 0) cuda::mbarrier_arrive(&s.q_empty[buffer]);
   }

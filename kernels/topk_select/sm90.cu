@@ -45,7 +45,7 @@ struct Arguments {
 
 struct Shared {
   uint32_t bins[kBitmapWords];  // histogram, then bitmap
-  uint32_t sums[kWarps], least[kWarps], most[kWarps];
+  uint32_t sums[kWarps], totals[kWarps], least[kWarps], most[kWarps];
   float parts[kWarps];
   uint32_t bin, above, in_bin;
   uint32_t ranked, key[kRanked], index[kRanked];
@@ -103,15 +103,14 @@ __device__ __forceinline__ void extremes(uint32_t& sum, uint32_t& least, uint32_
   sum = __reduce_add_sync(~0u, sum);
   least = __reduce_min_sync(~0u, least);
   most = __reduce_max_sync(~0u, most);
-  __syncthreads();
   if (threadIdx.x % 32 == 0) {
     const int warp = threadIdx.x / 32;
-    s.sums[warp] = sum, s.least[warp] = least, s.most[warp] = most;
+    s.totals[warp] = sum, s.least[warp] = least, s.most[warp] = most;
   }
   __syncthreads();
   sum = 0;
 #pragma unroll
-  for (int i = 0; i < kWarps; ++i) sum += s.sums[i], least = min(least, s.least[i]), most = max(most, s.most[i]);
+  for (int i = 0; i < kWarps; ++i) sum += s.totals[i], least = min(least, s.least[i]), most = max(most, s.most[i]);
 }
 
 // Sum over the block, for estimates: its order is fixed but its rounding is not the formula's.
@@ -603,12 +602,8 @@ __device__ uint32_t gather(const Row& row, uint32_t k, float threshold, uint32_t
   return s.reserved;
 }
 
-#ifndef DEV_RB
-#define DEV_RB 4
-#define DEV_LB 3
-#endif
 template <bool kLong>  // whether a row may be longer than kResident
-__global__ void __launch_bounds__(kThreads, kLong ? DEV_LB : DEV_RB) select(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, kLong ? 3 : 4) select(const Arguments a) {
   Shared& s = shared();
   const uint32_t capacity = a.capacity;
   const int64_t t = a.rows - 1 - blockIdx.x;  // causal rows: the longest first
