@@ -16,7 +16,7 @@ void add_inspect_command(CLI::App& app, std::function<int()>& run);
 void add_recipe_command(CLI::App& app, std::function<int()>& run);
 
 // Runs `work`; an exception becomes one message on stderr (from rank 0, or from the only rank that failed) and an
-// exit code. `ranks_agree`: all ranks come to the same error by themselves, so only rank 0 prints.
+// exit code. For work before MPI starts.
 int report_errors(const std::function<int()>& work);
 
 // The same for work between MPI_Init and MPI_Finalize, on `rank`: the other ranks may wait for this one, so a failure

@@ -46,6 +46,11 @@ void add_export_command(CLI::App& app, std::function<int()>& run) {
   c->add_option("--format", a->format, "default: v3.2 when there is an indexer, else v3.1")
       ->check(CLI::IsMember({"v3.1", "v3.2"}));
   c->add_option("--dtype", a->dtype, "how matrices are stored (default fp8)")->check(CLI::IsMember({"fp8", "bf16", "fp32"}));
+  c->footer(
+      "Examples:\n"
+      "  dsatrain export --from runs/tiny/pretrain --to runs/tiny/v31              a V3.1 folder, FP8\n"
+      "  dsatrain export --from runs/tiny/sparse --to runs/tiny/v32 --dtype bf16   a V3.2 folder\n"
+      "Of a run folder its newest sound checkpoint is taken. Weights that were never trained keep their bytes.");
   c->callback([a, &run] { run = [a] { return run_export(*a); }; });
 }
 

@@ -2,12 +2,14 @@
 // compared with (trainer/probe.h).
 #include <CLI/CLI.hpp>
 
-#include <cstdlib>
+#include <filesystem>
 #include <map>
 #include <memory>
 
+#include "data/error.h"
 #include "parallel/mesh.h"
 #include "tools/commands.h"
+#include "tools/launch.h"
 #include "trainer/probe.h"
 
 namespace dsa {
@@ -23,9 +25,12 @@ int run_probe(Arguments a, int* argc, char*** argv) {
   a.options.attention = a.attention == "sparse" ? AttentionMode::SPARSE : AttentionMode::DENSE;
   a.options.model_options.dtype = a.dtype == "fp64" ? at::kDouble : a.dtype == "bf16" ? at::kBFloat16 : at::kFloat;
   std::unique_ptr<MpiSession> mpi;
-  if (std::getenv("OMPI_COMM_WORLD_SIZE") || a.degrees.tensor * a.degrees.context * a.degrees.expert > 1)
+  if (launched_size() > 1 || a.degrees.tensor * a.degrees.context * a.degrees.expert > 1)
     mpi = std::make_unique<MpiSession>(argc, argv);
   const auto work = [&] {
+    const auto folder = std::filesystem::absolute(a.options.out).parent_path();
+    if (!std::filesystem::is_directory(folder))
+      throw InputError("cannot write " + a.options.out, "there is no folder " + folder.string(), "create it first");
     const int world = mpi ? mpi->size() : 1, sequence = a.degrees.tensor * a.degrees.context;
     a.degrees.data = std::max(world / sequence, 1);
     Mesh mesh(a.degrees);
@@ -59,6 +64,12 @@ void add_probe_command(CLI::App& app, std::function<int()>& run, int* argc, char
   c->add_option("--query-block", o.query_block, "query rows of one score tile")->check(CLI::PositiveNumber);
   c->add_flag("--hadamard", o.model_options.hadamard, "rotate the indexer's queries and keys");
   c->add_flag("--mtp-pre-norm", o.model_options.mtp_pre_norm, "feed MTP the hidden state before the final norm");
+  c->footer(
+      "Examples:\n"
+      "  dsatrain probe --model DeepSeek-V3.2 --tokens ids.safetensors --attention sparse --dtype fp64 --out ours.safetensors\n"
+      "  mpirun -np 4 dsatrain probe --tensor 2 --context 2 ...                    the same from four ranks\n"
+      "Writes logits, hidden.I, final_norm, lm_loss, router.L.*, indexer.L.*, warmup|sparse.L.rows (the indexer's KL),\n"
+      "mtp.*; with --gradients also grad.NAME and warmup|sparse.L.grad.NAME.");
   c->callback([a, &run, argc, argv] { run = [a, argc, argv] { return run_probe(*a, argc, argv); }; });
 }
 

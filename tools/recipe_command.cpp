@@ -18,6 +18,10 @@ void add_recipe_command(CLI::App& app, std::function<int()>& run) {
   auto sets = std::make_shared<std::vector<std::string>>();
   c->add_option("recipe", *path, "recipe file (.textproto)")->required();
   c->add_option("--set", *sets, "path=value, wins over the files; may be repeated")->allow_extra_args(false);
+  c->footer(
+      "Example:\n"
+      "  dsatrain recipe recipes/sparse_671b.textproto --set parallel.context=8\n"
+      "Prints every field as path  value  # default, or the file and line, or --set. Exit status 2: a mistake, explained.");
   c->callback([path, sets, &run] {
     run = [path, sets] {
       return report_errors([&] {

@@ -1,6 +1,5 @@
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <stdexcept>
 #include <string>
@@ -11,6 +10,7 @@
 #include "parallel/mesh.h"
 #include "recipes/error.h"
 #include "tools/commands.h"
+#include "tools/launch.h"
 #include "trainer/run_failure.h"
 
 namespace dsa {
@@ -33,6 +33,14 @@ std::pair<std::string, int> describe_current() {
   }
 }
 
+// Rank 0 speaks for all when they fail alike: its exit ends the others while they wait here. A rank that fails alone
+// lives long enough to say so.
+void say(int rank, const std::string& message) {
+  if (rank != 0) std::this_thread::sleep_for(std::chrono::seconds(10));
+  std::fprintf(stderr, rank == 0 ? "%s\n" : "[rank %2$d] %1$s\n", message.c_str(), rank);
+  std::fflush(nullptr);
+}
+
 }  // namespace
 
 int report_errors(const std::function<int()>& work) {
@@ -40,8 +48,7 @@ int report_errors(const std::function<int()>& work) {
     return work();
   } catch (...) {
     const auto [message, code] = describe_current();
-    const char* rank = std::getenv("OMPI_COMM_WORLD_RANK");
-    if (!rank || std::atoi(rank) == 0) std::fprintf(stderr, "%s\n", message.c_str());
+    say(launched_rank(), message);
     return code;
   }
 }
@@ -51,10 +58,7 @@ int report_errors_under_mpi(int rank, const std::function<int()>& work) {
     return work();
   } catch (...) {
     const auto [message, code] = describe_current();
-    // When all ranks fail alike, rank 0 speaks and ends them; one that fails alone lives long enough to say so.
-    if (rank != 0) std::this_thread::sleep_for(std::chrono::seconds(2));
-    std::fprintf(stderr, rank == 0 ? "%s\n" : "[rank %2$d] %1$s\n", message.c_str(), rank);
-    std::fflush(nullptr);
+    say(rank, message);
     MpiSession::abort(code);
   }
 }

@@ -12,6 +12,7 @@
 #include "parallel/mesh.h"
 #include "recipes/validate.h"
 #include "tools/commands.h"
+#include "tools/launch.h"
 #include "trainer/trainer.h"
 
 namespace dsa {
@@ -32,8 +33,7 @@ int run_train(const std::string& path, const std::vector<std::string>& sets, int
   std::unique_ptr<ResolvedRecipe> recipe;
   const int refused = report_errors([&] {
     recipe = std::make_unique<ResolvedRecipe>(load_recipe(path, sets));
-    const char* world = std::getenv("OMPI_COMM_WORLD_SIZE");
-    check_world(*recipe, world ? std::atoi(world) : 1);
+    check_world(*recipe, launched_size());
     return 0;
   });
   if (refused) return refused;
@@ -60,6 +60,14 @@ void add_train_command(CLI::App& app, std::function<int()>& run, int* argc, char
   auto sets = std::make_shared<std::vector<std::string>>();
   c->add_option("recipe", *path, "recipe file (.textproto)")->required();
   c->add_option("--set", *sets, "path=value, wins over the files; may be repeated")->allow_extra_args(false);
+  c->footer(
+      "Example, on two CPU ranks:\n"
+      "  mpirun -np 2 dsatrain train recipes/tiny_warmup.textproto --set schedule.steps=20\n"
+      "The number of ranks must be a multiple of parallel.tensor x parallel.context; the rest is data parallel.\n"
+      "Run the same command again to resume from the newest checkpoint of run.folder. SIGUSR1 or SIGTERM saves and stops.\n"
+      "Every field: recipes/recipe.proto; what a recipe amounts to: dsatrain recipe RECIPE.\n"
+      "Exit status: 0 done, 2 recipe, 3 input or checkpoint refused, 65 gradients not finite, 74 cannot save,\n"
+      "75 stopped on request and saved, 70 internal error.");
   c->callback([=, &run] { run = [=] { return run_train(*path, *sets, argc, argv); }; });
 }
 

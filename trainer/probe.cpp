@@ -33,6 +33,8 @@ class WithIndexer : public WeightSource {
   std::string path() const override { return base_->path(); }
   std::string digest() const override { return base_->digest(); }
   std::string hf_folder() const override { return base_->hf_folder(); }
+  std::string tokenizer_sha256() const override { return base_->tokenizer_sha256(); }
+  void check() const override { base_->check(); }
   const HfFolder* raw(const std::string& name) const override { return entry(name) ? nullptr : base_->raw(name); }
 
  private:

@@ -1,5 +1,5 @@
 // Where a run begins: from its own newest checkpoint, from another checkpoint, or from random weights; and the model
-// that follows. Everything is checked before any work: world, model, data, folders.
+// that follows. Everything is checked before any work: world, model, weights, data, folders.
 #pragma once
 
 #include <memory>
@@ -19,7 +19,7 @@ struct StartingPoint {
   std::shared_ptr<const WeightSource> source;  // null: random weights
   bool random_indexer = false;                 // the source has none
   std::optional<CheckpointReader> resume;      // the run's own newest checkpoint
-  std::string base_path, base_digest;          // WARMUP: what holds the frozen backbone
+  std::string base_path, base_digest;          // WARMUP: what holds the frozen backbone (an absolute path)
   std::string story;                           // one line: what was chosen and why
 };
 
@@ -29,7 +29,10 @@ StartingPoint find_starting_point(const ResolvedRecipe& recipe, Mesh& mesh);
 // Opens the token files and checks them against the model's vocabulary; with check_ids reads every id once.
 std::unique_ptr<TokenDataset> open_dataset(const Recipe& recipe, const ModelConfig& config, bool check_ids);
 
-// Refuses a checkpoint that this recipe cannot continue: another stage, model, data, seed, length or batch.
+// Refuses tokens that were made with another tokenizer than the model's; returns one line on what was compared.
+std::string check_tokenizer(const StartingPoint& start, const TokenDataset& dataset);
+
+// Refuses a checkpoint that this recipe cannot continue: another stage, top-k, data, seed, length or batch.
 void check_continues(const CheckpointReader& checkpoint, const Recipe& recipe, const ModelConfig& config,
                      const TokenDataset& dataset);
 

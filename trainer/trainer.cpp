@@ -3,15 +3,18 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/sign.h>
+#include <fmt/format.h>
 #include <sys/resource.h>
 
 #include <algorithm>
 #include <chrono>
 #include <csignal>
 
+#include "data/hf_names.h"
 #include "recipes/validate.h"
 #include "trainer/checkpoint/run_lock.h"
 #include "trainer/checkpoint/save.h"
+#include "trainer/initialise.h"
 #include "trainer/lr_schedule.h"
 #include "trainer/router_bias.h"
 #include "trainer/run_failure.h"
@@ -62,6 +65,7 @@ Trainer::Trainer(const ResolvedRecipe& recipe, Mesh& mesh)
       mesh_(mesh),
       start_(find_starting_point(resolved_, mesh)),
       dataset_(open_dataset(recipe_, start_.config, mesh.rank() == 0 && !start_.resume)),
+      tokenizer_(check_tokenizer(start_, *dataset_)),
       loader_(*dataset_, recipe_, mesh.coordinates().data, mesh.layout().degrees().data),
       model_(start_.config, {dtype_of(recipe_.compute.precision), recipe_.model.indexer.hadamard,
                              recipe_.loss.mtp_hidden == MtpHidden::PRE_NORM}, mesh),
@@ -71,7 +75,7 @@ Trainer::Trainer(const ResolvedRecipe& recipe, Mesh& mesh)
   if (mesh_.rank() == 0) {
     lock_ = std::make_unique<RunLock>(recipe_.run.folder);
     console_ = std::make_unique<Console>(stdout, recipe_.run.log_every);
-    announce(start_);
+    announce();
   }
   model_.parameters().set_trainable(ParameterGroup::BACKBONE, recipe_.stage != StageKind::WARMUP);
   model_.parameters().set_trainable(ParameterGroup::INDEXER, true);
@@ -242,8 +246,8 @@ std::string Trainer::run() {
     if (recipe_.run.eval_every > 0 && (last || number % recipe_.run.eval_every == 0)) report.held_out_loss = held_out_loss();
     if (last || stop || number % recipe_.checkpoint.every == 0) save(number);
     report.checkpoint = checkpoint_note_;
+    if (metrics_) metrics_->write(report);  // first: a step that was seen is in the file
     if (console_) console_->step(report);
-    if (metrics_) metrics_->write(report);
     if (skipped_in_a_row_ >= kMaxSkippedInARow)
       throw RunFailure(kExitNonFinite, "gradients were not finite in " + std::to_string(skipped_in_a_row_) +
                                            " steps in a row (the parameters are those of step " +
@@ -258,22 +262,37 @@ std::string Trainer::run() {
   return last_checkpoint_;
 }
 
-void Trainer::announce(const StartingPoint& start) {
-  const ModelConfig& c = start.config;
+void Trainer::announce() {
+  const ModelConfig& c = start_.config;
   const Degrees& d = mesh_.layout().degrees();
-  console_->line("dsatrain " + stage_name(recipe_.stage) + " | recipe " + resolved_.file + " " + resolved_.digest);
-  console_->line("  model   " + std::to_string(c.num_hidden_layers) + " layers + " + std::to_string(c.num_nextn_predict_layers) +
-                 " MTP, hidden " + std::to_string(c.hidden_size) + ", " + std::to_string(c.num_attention_heads) + " heads, " +
-                 std::to_string(c.n_routed_experts) + " experts top-" + std::to_string(c.num_experts_per_tok) +
-                 (c.indexer ? ", indexer " + std::to_string(c.indexer->heads) + " x " + std::to_string(c.indexer->head_dim) +
-                                  " top-" + std::to_string(c.indexer->top_k) : ""));
-  console_->line("  weights " + start.story);
-  console_->line("  data    " + std::to_string(dataset_->tokens()) + " tokens, " + std::to_string(dataset_->samples()) +
-                 " sequences of " + std::to_string(recipe_.data.sequence_length) + ", held out " +
-                 std::to_string(dataset_->held_out_samples()));
-  console_->line("  mesh    data " + std::to_string(d.data) + " x context " + std::to_string(d.context) + " x tensor " +
-                 std::to_string(d.tensor) + ", expert " + std::to_string(d.expert));
-  console_->line("  run     " + recipe_.run.folder + " (tensorboard --logdir " + recipe_.run.folder + ")");
+  int64_t all = 0, indexers = 0;
+  for (const HfTensor& t : hf_tensors(c, c.format())) {
+    const int64_t n = t.duplicate_of.empty() ? numel(t.shape) : 0;
+    all += n;
+    indexers += is_indexer_tensor(t.name) ? n : 0;
+  }
+  const bool warmup = recipe_.stage == StageKind::WARMUP;
+  const int64_t tokens = recipe_.batch.sequences * recipe_.data.sequence_length, steps = recipe_.schedule.steps;
+  const int64_t next = (start_.resume ? start_.resume->state().step : 0) + 1;
+  const auto line = [&](const std::string& text) { console_->line(text); };
+
+  line(fmt::format("dsatrain {} | recipe {} {}", stage_name(recipe_.stage), resolved_.file, resolved_.digest));
+  line(fmt::format("  model   {} layers + {} MTP, hidden {}, {} heads, {} experts top-{}{}", c.num_hidden_layers,
+                   c.num_nextn_predict_layers, c.hidden_size, c.num_attention_heads, c.n_routed_experts, c.num_experts_per_tok,
+                   c.indexer ? fmt::format(", indexer {} x {} top-{}", c.indexer->heads, c.indexer->head_dim, c.indexer->top_k)
+                             : ""));
+  line(fmt::format("  learns  {} of {} parameters ({}), {} attention, {}", warmup ? indexers : all, all,
+                   warmup      ? "the indexers, by KL"
+                   : c.indexer ? "the backbone by the next token, the indexers by KL"
+                               : "by the next token",
+                   recipe_.stage == StageKind::SPARSE ? "sparse" : "dense", at::toString(model_.options().dtype)));
+  line("  weights " + start_.story);
+  line(fmt::format("  data    {} tokens, {} sequences of {}, held out {}; tokenizer {}", dataset_->tokens(), dataset_->samples(),
+                   recipe_.data.sequence_length, dataset_->held_out_samples(), tokenizer_));
+  line(next > steps ? fmt::format("  steps   none left of {}: raise schedule.steps to go on", steps)
+                    : fmt::format("  steps   {}..{} of {} tokens", next, steps, tokens));
+  line(fmt::format("  mesh    data {} x context {} x tensor {}, expert {}", d.data, d.context, d.tensor, d.expert));
+  line(fmt::format("  run     {} (tensorboard --logdir {})", recipe_.run.folder, recipe_.run.folder));
 }
 
 void Trainer::finish(const std::string& reason) {

@@ -1,5 +1,5 @@
 # Every library that dsatrain stands on, as imported targets:
-#   dsa::torch  dsa::mpi  dsa::hdf5  protobuf::libprotobuf  nlohmann_json  CLI11  fmt  xxhash
+#   dsa::torch  dsa::mpi  dsa::hdf5  protobuf::libprotobuf  nlohmann_json  CLI11  fmt  xxhash  OpenSSL::Crypto
 # LibTorch is linked by its .so files, not by find_package(Torch): that one demands a CUDA toolkit
 # even for a CPU program.
 
@@ -21,6 +21,7 @@ find_package(Protobuf REQUIRED)
 find_package(nlohmann_json REQUIRED)
 find_package(CLI11 REQUIRED)
 find_package(fmt REQUIRED)
+find_package(OpenSSL REQUIRED COMPONENTS Crypto)  # SHA-256; libhdf5-dev brings it along
 
 # --- CUDA (optional) ---------------------------------------------------------------------------
 if(NOT DSA_CUDA STREQUAL "OFF")

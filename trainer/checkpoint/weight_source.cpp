@@ -6,9 +6,11 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include "data/digest.h"
 #include "data/error.h"
 #include "data/file.h"
 #include "data/fp8_block.h"
+#include "data/hf_names.h"
 #include "trainer/checkpoint/checkpoint_reader.h"
 #include "trainer/checkpoint/manifest.h"
 #include "trainer/checkpoint/run_folder.h"
@@ -62,6 +64,11 @@ class HfSource final : public WeightSource {
   std::string digest() const override { return folder_.digest(); }
   const HfFolder* raw(const std::string& name) const override { return folder_.has(name) ? &folder_ : nullptr; }
   std::string hf_folder() const override { return folder_.path(); }
+  void check() const override { folder_.check_against(folder_.config()); }
+  std::string tokenizer_sha256() const override {
+    const std::string file = (fs::path(folder_.path()) / "tokenizer.json").string();
+    return path_exists(file) ? sha256_of_file(file) : "";
+  }
 
  private:
   HfFolder folder_;
@@ -110,6 +117,25 @@ class CheckpointSource final : public WeightSource {
     return trained(name) || !base_ ? nullptr : base_->raw(name);
   }
   std::string hf_folder() const override { return base_ ? base_->hf_folder() : ""; }
+  std::string tokenizer_sha256() const override { return reader_.state().tokenizer_sha256; }
+
+  void check() const override {
+    if (base_) base_->check();
+    std::vector<std::string> problems;
+    for (const HfTensor& tensor : hf_tensors(config_, config_.format())) {
+      if (!tensor.duplicate_of.empty()) continue;
+      if (!has(tensor.name))
+        problems.push_back(tensor.name + " is missing");
+      else if (shape(tensor.name) != tensor.shape)
+        problems.push_back(fmt::format("{} is [{}] instead of [{}]", tensor.name, fmt::join(shape(tensor.name), ", "),
+                                       fmt::join(tensor.shape, ", ")));
+    }
+    if (problems.empty()) return;
+    const size_t shown = std::min<size_t>(problems.size(), 10);
+    std::string why = fmt::format("{}", fmt::join(problems.begin(), problems.begin() + shown, "; "));
+    if (problems.size() > shown) why += fmt::format("; and {} more", problems.size() - shown);
+    throw InputError("cannot use the checkpoint " + reader_.path(), why, "take another checkpoint of this model");
+  }
 
  private:
   bool trained(const std::string& name) const {

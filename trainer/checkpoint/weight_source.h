@@ -21,6 +21,9 @@ class WeightSource {
   /// Fills `out` (contiguous, box.extent) as F32 or F64, dequantised. Throws InputError: no such tensor, another global
   /// shape, damaged bytes.
   virtual void read(const ShardSpec& box, Dtype dtype, void* out) const = 0;
+  /// Throws InputError, listing all of them, when tensors that config() calls for are missing, have another shape or
+  /// cannot be read; looks at headers only.
+  virtual void check() const = 0;
   /// One line for people: what it is and where.
   virtual std::string describe() const = 0;
   /// The resolved folder (of a run folder: the checkpoint chosen) and its digest: what TrainingState::base_path and
@@ -31,6 +34,9 @@ class WeightSource {
   virtual const HfFolder* raw(const std::string& name) const = 0;
   /// The HF folder underneath it all, whose tokenizer files belong to the model; "" when there is none.
   virtual std::string hf_folder() const = 0;
+  /// Of the model's tokenizer: of an HF folder's tokenizer.json, or of the tokens that a checkpoint was trained on;
+  /// "" when neither says.
+  virtual std::string tokenizer_sha256() const = 0;
 };
 
 /// `path`: HF folder, native checkpoint or run folder (its newest valid checkpoint). Throws InputError: none of these,
