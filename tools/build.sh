@@ -7,6 +7,6 @@ build=${BUILD:-build}
 export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
 torch=${DSA_TORCH_DIR:-$(ls -d "${DSATRAIN_DEPS:-$HOME/.cache/dsatrain}"/torch-cpu/lib/python3*/site-packages/torch 2>/dev/null | head -1)}
 if [ ! -f "$build/build.ninja" ]; then
-  cmake -S . -B "$build" -G Ninja -DCMAKE_CXX_COMPILER_LAUNCHER=ccache ${torch:+-DDSA_TORCH_DIR="$torch"} ${CMAKE_ARGS:-}
+  cmake -S . -B "$build" -G Ninja -DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache ${torch:+-DDSA_TORCH_DIR="$torch"} ${CMAKE_ARGS:-}
 fi
 cmake --build "$build" -j "${JOBS:-2}" ${1:+--target "$@"} -- -k 0
