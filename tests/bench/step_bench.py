@@ -4,14 +4,13 @@
     step_bench.py build/dsatrain                 all stages on 1 and 2 ranks; SPARSE against dense at 4,096 tokens
     step_bench.py build/dsatrain --only stages   the first table alone; --only long the second
 
-A step is forward, backward, reduction and AdamW, as metrics.jsonl times it; the median of the steps after the first
-two counts. One thread a rank, so 2 ranks use 2 cores. For steady numbers the machine must be idle.
+A step is forward, backward, reduction and AdamW, as metrics.jsonl times it; the fastest step counts, on a shared machine
+the steadiest number. One thread a rank, so 2 ranks use 2 cores.
 """
 import argparse
 import json
 import os
 import random
-import statistics
 import struct
 import subprocess
 import sys
@@ -47,7 +46,7 @@ def write_tokens(prefix, count, vocabulary, seed=7):
 
 
 def train(binary, folder, name, stage, ranks, sequence, sequences, micro, steps, threads=1, start=None, extra=""):
-    """Runs one stage; returns (median seconds of a step, run folder). start: a run folder, else random weights."""
+    """Runs one stage; returns (seconds of the fastest step, run folder). start: a run folder, else random weights."""
     origin = f'init {{ from: "{start}" }}' if start else f'init {{ random: true std: 0.02 }} model {{ config: "{folder}/config.json" }}'
     if stage == "WARMUP":
         origin += f" model {{ indexer {{ heads: 4 head_dim: 32 top_k: {sequence // 16} }} }}"
@@ -75,7 +74,7 @@ run {{ folder: "{folder}/{name}" }}
         sys.exit(f"{' '.join(command)} failed\n{done.stdout}")
     with open(f"{folder}/{name}/metrics.jsonl") as f:
         seconds = [json.loads(line)["step_seconds"] for line in f]
-    return statistics.median(seconds[2:] or seconds), f"{folder}/{name}"
+    return min(seconds), f"{folder}/{name}"
 
 
 def prepare(folder, config, tokens):
