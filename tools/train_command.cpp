@@ -64,7 +64,8 @@ void add_train_command(CLI::App& app, std::function<int()>& run, int* argc, char
       "Example, on two CPU ranks:\n"
       "  mpirun -np 2 dsatrain train recipes/tiny_warmup.textproto --set schedule.steps=20\n"
       "The number of ranks must be a multiple of parallel.tensor x parallel.context; the rest is data parallel.\n"
-      "Run the same command again to resume from the newest checkpoint of run.folder. SIGUSR1 or SIGTERM saves and stops.\n"
+      "Run the same command again to resume from the newest checkpoint of run.folder. SIGUSR1 to mpirun saves and stops, as\n"
+      "does SIGTERM to the ranks (mpirun itself gives them a second after SIGTERM; set --mca odls_base_sigkill_timeout).\n"
       "Every field: recipes/recipe.proto; what a recipe amounts to: dsatrain recipe RECIPE.\n"
       "Exit status: 0 done, 2 recipe, 3 input or checkpoint refused, 65 gradients not finite, 74 cannot save,\n"
       "75 stopped on request and saved, 70 internal error.");

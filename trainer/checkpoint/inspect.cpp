@@ -142,7 +142,8 @@ void inspect_run(const std::string& path, Report& report) {
       newest = folder;
     });
   }
-  for (const auto& entry : fs::directory_iterator(fs::path(path) / kCheckpointsFolder)) {
+  std::error_code none_yet;
+  for (const auto& entry : fs::directory_iterator(fs::path(path) / kCheckpointsFolder, none_yet)) {
     const std::string name = entry.path().filename().string();
     if (is_leftover(name))
       report.line("leftover", name + " (removed by the next save)");
@@ -176,7 +177,7 @@ Inspection inspect(const std::string& path) {
   const bool tokens = !fs::is_directory(folder) && (fs::exists(folder) || fs::exists(path + ".idx"));
   if (fs::exists(folder / kManifestFile))
     inspect_checkpoint(path, report);
-  else if (fs::is_directory(folder / kCheckpointsFolder))
+  else if (fs::is_directory(folder / kCheckpointsFolder) || fs::exists(folder / "metrics.jsonl"))
     inspect_run(path, report);
   else if (fs::exists(folder / "config.json"))
     inspect_hf(path, report);

@@ -127,7 +127,7 @@ class Scratch:
     def run(self, ranks, *arguments, cwd=None):
         """ranks 0: without mpirun."""
         process = self.start(ranks, *arguments, cwd=cwd, stderr=subprocess.PIPE)
-        out, err = process.communicate(timeout=50)
+        out, err = process.communicate(timeout=200)
         return Run(process.returncode, out, err)
 
     def tree(self):

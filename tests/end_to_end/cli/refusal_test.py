@@ -10,12 +10,12 @@ from command_line import *
 class Refusals(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        """A V3.1 folder, a short warm-up from it, and what the single tests break."""
+        """A V3.1 folder, a short warm-up from it (one rank, no mpirun), and what the single tests break."""
         cls.scratch = scratch = Scratch()
         cls.addClassCleanup(scratch.remove)
         for arguments in (["train", "pretrain.textproto"], ["export", "--from", "pretrain", "--to", "v31"],
                           ["train", "warmup.textproto"]):
-            run = scratch.run(1 if arguments[0] == "train" else 0, *arguments, *(sets("schedule.steps=1", "run.eval_every=0")
+            run = scratch.run(0, *arguments, *(sets("schedule.steps=1", "run.eval_every=0")
                                                                                 if arguments[0] == "train" else []))
             assert run.code == 0, run
         with open(scratch / "other_config.json", "w") as f:
@@ -85,6 +85,11 @@ class Refusals(unittest.TestCase):
     def test_too_few_ranks(self):
         self.train("warmup", 2, ["parallel.tensor=2 x parallel.context=2", "multiple of 4"], "parallel.tensor=2",
                    "parallel.context=2")
+
+    def test_ranks_that_slurm_started(self):
+        os.environ.update(PMIX_RANK="0", SLURM_STEP_NUM_TASKS="3")
+        self.addCleanup(lambda: [os.environ.pop(name) for name in ("PMIX_RANK", "SLURM_STEP_NUM_TASKS")])
+        self.train("warmup", 2, ["the 3 ranks"], "parallel.tensor=2", ranks=0)
 
     def test_mesh_that_does_not_divide_the_model(self):
         with open(self.scratch / "three_heads.json", "w") as f:
@@ -160,9 +165,11 @@ class Refusals(unittest.TestCase):
     def test_same_tokenizer_as_the_model_folder(self):
         self.broken(lambda header, index: None)
         with open(self.scratch / "broken/tokenizer.json", "w") as f:
-            f.write("byte")
+            f.write("token " * 500_000)
+        write_tokens(self.scratch / "same.h5", tokenizer=hashlib.sha256(b"token " * 500_000).hexdigest())
         self.addCleanup(shutil.rmtree, self.scratch / "same")
-        run = self.scratch.run(1, "train", "warmup.textproto", *sets("init.from=broken", "run.folder=same", "schedule.steps=1"))
+        run = self.scratch.run(1, "train", "warmup.textproto", *sets("init.from=broken", "run.folder=same", "schedule.steps=1",
+                                                                   "data.tokens=same.h5"))
         self.assertEqual(run.code, 0, run)
         self.assertIn("tokenizer the model's own", run.out)
 

@@ -48,7 +48,7 @@ class Resume(unittest.TestCase):
             if line.startswith(f"step {at_step}/"):
                 how(process)
                 break
-        out += process.communicate(timeout=50)[0]
+        out += process.communicate(timeout=200)[0]
         return process.returncode, out
 
     def continue_and_compare(self, stage, folder, from_step):
@@ -89,6 +89,25 @@ class Resume(unittest.TestCase):
         self.assertGreaterEqual(len(metrics(self.scratch / folder)), 13)
         self.continue_and_compare(stage, folder, 10)
 
+    def test_killed_before_the_first_checkpoint(self):
+        def kill(mpirun):
+            for pid in self.all_ranks(mpirun):
+                os.kill(pid, signal.SIGKILL)
+        for attempt in range(3):
+            self.interrupt("warmup", "warmup_early", 2, kill)
+            time.sleep(0.2)
+            if not os.path.exists(os.path.join(self.scratch / "warmup_early", "checkpoints", "step-00000010")):
+                break
+            shutil.rmtree(self.scratch / "warmup_early")
+        run = self.scratch.run(0, "inspect", "warmup_early")
+        self.assertEqual(run.code, 0, run)
+        self.assertIn("run folder", run.out)
+        run = self.scratch.run(2, "train", "warmup.textproto", *STEPS, *sets("run.folder=warmup_early"))
+        self.assertEqual(run.code, 0, run)
+        self.assertIn("start from HF folder v31", run.out)
+        self.assertEqual(native_tensors(newest(self.scratch / "warmup_early")), native_tensors(newest(self.scratch / "warmup")))
+        self.assertEqual([line["step"] for line in metrics(self.scratch / "warmup_early")], list(range(1, 21)))
+
     def all_ranks(self, mpirun):
         return ranks_of(mpirun) + [mpirun.pid]
 
@@ -123,6 +142,14 @@ class Resume(unittest.TestCase):
 
     def test_sparse_after_sigusr1(self):
         self.stopped("sparse", "sparse_stopped")
+
+    def test_sigterm_to_the_ranks(self):
+        def stop(mpirun):
+            for pid in ranks_of(mpirun):
+                os.kill(pid, signal.SIGTERM)
+        code, out = self.interrupt("warmup", "warmup_terminated", 6, stop)
+        self.assertEqual(code, 75, out)
+        self.continue_and_compare("warmup", "warmup_terminated", state(newest(self.scratch / "warmup_terminated"))["step"])
 
     def test_damage_falls_back_to_the_checkpoint_before_and_says_so(self):
         shutil.copytree(self.scratch / "sparse", self.scratch / "damaged")
