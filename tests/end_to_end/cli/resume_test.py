@@ -151,6 +151,15 @@ class Resume(unittest.TestCase):
         self.assertEqual(code, 75, out)
         self.continue_and_compare("warmup", "warmup_terminated", state(newest(self.scratch / "warmup_terminated"))["step"])
 
+    def test_gradients_that_are_not_finite(self):
+        run = self.scratch.run(2, "train", "pretrain.textproto", *STEPS, *sets("run.folder=infinite", "optimizer.lr=1e37"))
+        self.assertEqual(run.code, 65, run)
+        self.assertEqual(run.err.count("gradients were not finite in 5 steps in a row"), 1, run)
+        self.assertIn("| skip 5 |", run.out)
+        last = metrics(self.scratch / "infinite")[-1]
+        self.assertEqual((last["skipped_total"], last["grad_norm_backbone"]), (5, "nan"))
+        self.assertFalse(os.path.exists(os.path.join(self.scratch / "infinite", "LOCK")))
+
     def test_damage_falls_back_to_the_checkpoint_before_and_says_so(self):
         shutil.copytree(self.scratch / "sparse", self.scratch / "damaged")
         with open(os.path.join(newest(self.scratch / "damaged"), "shard-r0001.h5"), "r+b") as f:
