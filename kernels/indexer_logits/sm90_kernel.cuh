@@ -2,10 +2,11 @@
 //
 // A wgmma multiplies 64 keys (M) by 128 (query, head) pairs (N); the sum over heads then stays inside the four lanes
 // that share a key's row. A unit of work is a tile of kTileKeys keys by a block of kQueries query rows; the tiles of
-// all blocks, in order, are cut into equal spans, one for each multiprocessor. One warp copies: the queries, weights
-// and ranges of the next block beside those in use, and a ring of key tiles. Each math warpgroup owns 64 keys of a
-// tile and walks the block's queries 128 pairs at a time with two sets of accumulators: while the tensor core fills
-// one, the warps reduce the other. A key is fetched once for kQueries queries.
+// all blocks, in order, are cut into equal spans, one for each multiprocessor. One warp copies the queries, weights and
+// ranges of the next block beside those in use, another keeps a ring of key tiles full. Each math warpgroup owns 64 keys
+// of a tile and walks the block's queries in two steps of 128 pairs, each with its own accumulators: while the tensor
+// core fills one, the warps reduce the other. Weights stay in registers; the register file is what binds (operands of
+// the reduction wait for the tensor core's accumulators), so the reduction is kept to two instructions an element.
 //
 // Letters: T query rows, S keys, J heads (padded to kHeads by zero weights), D dim (padded to 128 by the copy engine).
 #pragma once
@@ -47,8 +48,9 @@ struct Config {
   static constexpr int kStepBytes = 128 * 128 * kPanels;
   static constexpr int kQueryBytes = kSteps * kStepBytes;
   static constexpr int kStageBytes = kTileKeys * 128 * kPanels;
-  static constexpr int kExtraBytes = 2 * (kSteps * 512 + kQueries * 8 + 64) + 512;
-  static constexpr int kStages = (227 * 1024 - 2 * kQueryBytes - kExtraBytes) / kStageBytes > 6 ? 6 : (227 * 1024 - 2 * kQueryBytes - kExtraBytes) / kStageBytes;
+  static constexpr int kExtraBytes = 2 * (kSteps * 512 + kQueries * 8 + 64) + 256;
+  static constexpr int kFit = (227 * 1024 - 2 * kQueryBytes - kExtraBytes) / kStageBytes;
+  static constexpr int kStages = kFit > 6 ? 6 : kFit;
   static constexpr int kThreads = 128 * (kGroups + 1);
 };
 
@@ -71,7 +73,7 @@ struct Shared {
   alignas(1024) char q[2][C::kQueryBytes];
   alignas(1024) char k[C::kStages][C::kStageBytes];
   Block<C> block[2];
-  uint64_t q_full[2], q_empty[2], k_full[C::kStages], k_empty[C::kStages];
+  uint64_t described[2], q_full[2], q_empty[2], k_full[C::kStages], k_empty[C::kStages];
   int64_t warp_sums[C::kThreads / 32];
   int64_t first_block, first_tile;
 };
@@ -146,17 +148,17 @@ __device__ int64_t find_share(const Arguments& a, int64_t blocks, Shared<C>& s) 
   return count;
 }
 
+// One warp walks the blocks of this multiprocessor's share, up to two ahead of the others: their queries, weights and
+// ranges. A block without tiles ends the walk.
 template <class C>
-__device__ void copy_blocks(const CUtensorMap* map_q, const CUtensorMap* map_k, const Arguments& a, Shared<C>& s,
-                            int64_t left) {
+__device__ void copy_queries(const CUtensorMap* map_q, const Arguments& a, Shared<C>& s, int64_t left) {
   const int lane = threadIdx.x % 32;
   int64_t block = left > 0 ? s.first_block : 0, skip = left > 0 ? s.first_tile : 0;
-  int stage = 0, stage_phase = 0;
   for (int use = 0;; ++block) {
     Range keys{0, 0}, common{0, 0};
     int tiles = 0;
     if (left > 0) {
-      keys = block_range<C, 2>(a, block, &common);
+      keys = block_range<C, 4>(a, block, &common);
       const int64_t in_block = tiles_of<C>(keys) - skip;
       tiles = static_cast<int>(in_block < left ? in_block : left);
       if (tiles == 0) continue;
@@ -165,9 +167,24 @@ __device__ void copy_blocks(const CUtensorMap* map_q, const CUtensorMap* map_k, 
     cuda::mbarrier_wait(&s.q_empty[buffer], (use >> 1 & 1) ^ 1);
     Block<C>& b = s.block[buffer];
     const int64_t t0 = block * C::kQueries;
-    const int first_key = keys.begin + static_cast<int>(skip) * C::kTileKeys;
+    if (lane == 0) {
+      b.first_query = t0;
+      b.first_key = keys.begin + static_cast<int>(skip) * C::kTileKeys;
+      b.tiles = tiles;
+      b.common = common;
+      cuda::mbarrier_arrive(&s.described[buffer]);
+      if (tiles == 0) {
+        cuda::mbarrier_arrive(&s.q_full[buffer]);
+      } else {
+        cuda::mbarrier_arrive_expect(&s.q_full[buffer], C::kQueryBytes);
+        for (int i = 0; i < C::kSteps; ++i)
+          for (int panel = 0; panel < C::kPanels; ++panel)
+            cuda::tma_load_3d(s.q[buffer] + i * C::kStepBytes + panel * 128 * 128, map_q, &s.q_full[buffer],
+                              panel * C::kPanelElements, 0, static_cast<int>(t0) + i * C::kStepQueries);
+      }
+    }
     if (tiles > 0) {
-#pragma unroll 2
+#pragma unroll 4
       for (int i = lane; i < C::kSteps * 128; i += 32) {
         const int64_t t = t0 + i / C::kHeads;
         const int j = i % C::kHeads;
@@ -176,37 +193,32 @@ __device__ void copy_blocks(const CUtensorMap* map_q, const CUtensorMap* map_k, 
       }
       for (int i = lane; i < C::kQueries; i += 32) b.range[i] = row_range(a, t0 + i);
     }
-    if (lane == 0) {
-      b.first_query = t0;
-      b.first_key = first_key;
-      b.tiles = tiles;
-      b.common = common;
-    }
-    __syncwarp();
-    if (tiles == 0) {
-      if (lane == 0) cuda::mbarrier_arrive(&s.q_full[buffer]);
-      return;
-    }
-    if (lane == 0) {
-      cuda::mbarrier_arrive_expect(&s.q_full[buffer], C::kQueryBytes);
-      for (int i = 0; i < C::kSteps; ++i)
-        for (int panel = 0; panel < C::kPanels; ++panel)
-          cuda::tma_load_3d(s.q[buffer] + i * C::kStepBytes + panel * 128 * 128, map_q, &s.q_full[buffer],
-                      panel * C::kPanelElements, 0, static_cast<int>(t0) + i * C::kStepQueries);
-      for (int i = 0; i < tiles; ++i) {
-        cuda::mbarrier_wait(&s.k_empty[stage], stage_phase ^ 1);
-        cuda::mbarrier_arrive_expect(&s.k_full[stage], C::kStageBytes);
-        for (int panel = 0; panel < C::kPanels; ++panel)
-          cuda::tma_load_2d(s.k[stage] + panel * C::kTileKeys * 128, map_k, &s.k_full[stage], panel * C::kPanelElements,
-                      first_key + i * C::kTileKeys);
-        if (++stage == C::kStages) stage = 0, stage_phase ^= 1;
-      }
-    }
-    stage = __shfl_sync(~0u, stage, 0);
-    stage_phase = __shfl_sync(~0u, stage_phase, 0);
+    cuda::mbarrier_arrive(&s.q_full[buffer]);
+    if (tiles == 0) return;
     left -= tiles;
     skip = 0;
     ++use;
+  }
+}
+
+// One thread of another warp keeps the ring of key tiles full.
+template <class C>
+__device__ void copy_keys(const CUtensorMap* map_k, Shared<C>& s) {
+  int stage = 0, stage_phase = 0;
+  for (int use = 0;; ++use) {
+    const int buffer = use & 1;
+    cuda::mbarrier_wait(&s.described[buffer], use >> 1 & 1);
+    const int tiles = s.block[buffer].tiles, first_key = s.block[buffer].first_key;
+    if (tiles == 0) return;
+    cuda::mbarrier_arrive(&s.q_empty[buffer]);
+    for (int i = 0; i < tiles; ++i) {
+      cuda::mbarrier_wait(&s.k_empty[stage], stage_phase ^ 1);
+      cuda::mbarrier_arrive_expect(&s.k_full[stage], C::kStageBytes);
+      for (int panel = 0; panel < C::kPanels; ++panel)
+        cuda::tma_load_2d(s.k[stage] + panel * C::kTileKeys * 128, map_k, &s.k_full[stage], panel * C::kPanelElements,
+                          first_key + i * C::kTileKeys);
+      if (++stage == C::kStages) stage = 0, stage_phase ^= 1;
+    }
   }
 }
 
@@ -283,6 +295,9 @@ template <class C>
 __device__ void score_blocks(const Arguments& a, Shared<C>& s) {
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int own_key = group * 64 + warp * 16 + lane / 4 + 8 * (lane & 1), own_query = (lane & 3) >> 1;
+  const uint32_t k_full = cuda::keep(cuda::shared_address(s.k_full)), k_empty = k_full + sizeof s.k_full;
+  const uint32_t keys = cuda::keep(cuda::wgmma_operand(s.k[0] + group * 64 * 128));
+  const int64_t stride = cuda::keep(a.logits_stride);
   int stage = 0, stage_phase = 0;
   for (int use = 0;; ++use) {
     const int buffer = use & 1;
@@ -290,13 +305,12 @@ __device__ void score_blocks(const Arguments& a, Shared<C>& s) {
     const Block<C>& b = s.block[buffer];
     const int tiles = __shfl_sync(~0u, b.tiles, 0);
     if (tiles == 0) return;
-    const uint32_t queries = cuda::wgmma_operand(s.q[buffer]);
-    const uint32_t keys = cuda::wgmma_operand(s.k[0] + group * 64 * 128);
+    const uint32_t queries = cuda::keep(cuda::wgmma_operand(s.q[buffer]));
     const Range common = b.common;
-    int tile_key = b.first_key;
-    float* out = a.logits + (b.first_query + own_query) * a.logits_stride + tile_key + own_key;
+    int key = b.first_key + own_key;
+    float* out = a.logits + (b.first_query + own_query) * stride + key;
     const auto load_scale = [&](int of_key) { return a.k_scale ? __ldg(a.k_scale + min(of_key, a.keys - 1)) : 1.f; };
-    float scale = 1.f, next_scale = load_scale(tile_key + own_key);
+    float scale = 1.f, next_scale = load_scale(key);
     float4 weights[C::kSteps][8];
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step)
@@ -304,50 +318,51 @@ __device__ void score_blocks(const Arguments& a, Shared<C>& s) {
       for (int i = 0; i < 8; ++i)
         weights[step][i] = reinterpret_cast<const float4*>(b.weights + step * 128)[i * 4 + (lane & 3)];
 
-    bool inside = false;  // of the keys that every row wants
-    const auto store = [&](int step, const float(&sum)[2 * C::kStepQueries]) {
-      float value[C::kStepQueries / 2];
-      sum_quad<C>(sum, value);
+    // Values of a step and of the tile `back` before the current one.
+    const auto store = [&](int step, int back, const float(&value)[C::kStepQueries / 2], float scale, bool inside) {
 #pragma unroll
       for (int j = 0; j < C::kStepQueries / 2; ++j) {
-        const int query = step * C::kStepQueries + 2 * j, key = tile_key + own_key;
+        const int query = step * C::kStepQueries + 2 * j, this_key = key - back * C::kTileKeys;
         bool wanted = inside;
         if (!inside) {
           const Range r = b.range[query + own_query];
-          wanted = key >= r.begin && key < r.end;
+          wanted = this_key >= r.begin && this_key < r.end;
         }
-        if (wanted) __stcs(out + query * a.logits_stride, value[j] * scale);
+        if (wanted) __stcs(out + query * stride - back * C::kTileKeys, value[j] * scale);
       }
     };
     // While the tensor core works on one step, the other is weighed; the sums of a tile's second step leave while the
-    // next tile's first is multiplied. No accumulator is in flight from one tile to the next: the compiler would
-    // serialise everything.
-    float first[64], second[64], sum[2 * C::kStepQueries];
+    // next tile is multiplied. No accumulator is in flight from one tile to the next: the compiler would serialise
+    // everything. The order of these statements was measured; others cost up to 15 %.
+    float first[64], second[64], sum[2 * C::kStepQueries] = {}, value[C::kStepQueries / 2];
+    bool inside = false;  // whether every row wants all of the tile
     for (int i = 0; i < tiles; ++i) {
       const uint32_t tile = keys + stage * (C::kStageBytes / 16);
-      cuda::mbarrier_wait(&s.k_full[stage], stage_phase);
+      cuda::mbarrier_wait(k_full + stage * 8, stage_phase);
       multiply<C>(first, tile, queries);
       multiply<C>(second, tile, queries + C::kStepBytes / 16);
       if (i > 0) {
-        store(1, sum);
-        tile_key += C::kTileKeys, out += C::kTileKeys;
+        sum_quad<C>(sum, value);
+        store(1, 1, value, scale, inside);
       }
       scale = next_scale;
-      next_scale = load_scale(tile_key + C::kTileKeys + own_key);
-      inside = tile_key >= common.begin && tile_key + C::kTileKeys <= common.end;
+      next_scale = load_scale(key + C::kTileKeys);
+      inside = key - own_key >= common.begin && key - own_key + C::kTileKeys <= common.end;
       cuda::wgmma_wait<1>();
       cuda::wgmma_settle(first);
       weigh<C>(first, weights[0], sum);
-      store(0, sum);
+      sum_quad<C>(sum, value);
+      store(0, 0, value, scale, inside);
       cuda::wgmma_wait<0>();
-      if (lane == 0) cuda::mbarrier_arrive(&s.k_empty[stage]);
+      if (lane == 0) cuda::mbarrier_arrive(k_empty + stage * 8);
       if (++stage == C::kStages) stage = 0, stage_phase ^= 1;
       cuda::wgmma_settle(second);
       weigh<C>(second, weights[1], sum);
+      key += C::kTileKeys, out += C::kTileKeys;
     }
-    store(1, sum);
-    __syncwarp();
-    if (lane == 0) cuda::mbarrier_arrive(&s.q_empty[buffer]);
+    sum_quad<C>(sum, value);
+    store(1, 1, value, scale, inside);
+    cuda::mbarrier_arrive(&s.q_empty[buffer]);
   }
 }
 
@@ -360,8 +375,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     cuda::tma_prefetch_map(&map_q);
     cuda::tma_prefetch_map(&map_k);
     for (int i = 0; i < 2; ++i) {
-      cuda::mbarrier_init(&s.q_full[i], 1);
-      cuda::mbarrier_init(&s.q_empty[i], 4 * C::kGroups);
+      cuda::mbarrier_init(&s.described[i], 1);
+      cuda::mbarrier_init(&s.q_full[i], 1 + 32);                   // the copy and the lanes that write beside it
+      cuda::mbarrier_init(&s.q_empty[i], 128 * C::kGroups + 1);    // all that read, and the warp that copies keys
     }
     for (int i = 0; i < C::kStages; ++i) {
       cuda::mbarrier_init(&s.k_full[i], 1);
@@ -373,7 +389,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int64_t share = find_share<C>(a, blocks, s);
   if (__shfl_sync(~0u, threadIdx.x / 128, 0) == C::kGroups) {
     cuda::fewer_registers<40>();
-    if (__shfl_sync(~0u, threadIdx.x / 32, 0) == 4 * C::kGroups) copy_blocks<C>(&map_q, &map_k, a, s, share);
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) - 4 * C::kGroups;
+    if (warp == 0) copy_queries<C>(&map_q, a, s, share);
+    else if (warp == 1 && threadIdx.x % 32 == 0) copy_keys<C>(&map_k, s);
   } else {
     cuda::more_registers<232>();
     score_blocks<C>(a, s);

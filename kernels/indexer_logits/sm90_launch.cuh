@@ -11,6 +11,7 @@ void launch_config(const Maps& maps, const Arguments& a, cudaStream_t stream) {
   const CUtensorMap map_q = maps.queries(C::kPanelElements, C::kHeads, C::kStepQueries);
   const CUtensorMap map_k = maps.keys(C::kPanelElements, C::kTileKeys);
   constexpr int kBytes = sizeof(Shared<C>);
+  static_assert(kBytes <= 227 * 1024, "more than a Hopper block may have");
   cuda::check(cudaFuncSetAttribute(score<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
               "reserve shared memory for indexer_logits");
   score<C><<<cuda::multiprocessors(), C::kThreads, kBytes, stream>>>(map_q, map_k, a);
