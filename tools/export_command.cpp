@@ -2,6 +2,7 @@
 #include <CLI/CLI.hpp>
 
 #include <cstdio>
+#include <filesystem>
 #include <memory>
 #include <string>
 
@@ -16,6 +17,16 @@ struct Arguments {
   std::string from, to, format, dtype = "fp8";
 };
 
+// An export that was killed leaves its unfinished folder beside the target; it may also be another that still runs.
+void mention_leftovers(const std::string& to) {
+  std::filesystem::path target = std::filesystem::absolute(to).lexically_normal();
+  if (!target.has_filename()) target = target.parent_path();  // "folder/"
+  std::error_code unreadable;
+  for (const auto& entry : std::filesystem::directory_iterator(target.parent_path(), unreadable))
+    if (entry.path().filename().string().starts_with(target.filename().string() + ".tmp-"))
+      std::printf("note: %s is left of an export that did not finish: remove it if none is running\n", entry.path().c_str());
+}
+
 int run_export(const Arguments& a) {
   return report_errors([&] {
     const auto source = open_weights(a.from);
@@ -23,6 +34,7 @@ int run_export(const Arguments& a) {
     if (!a.format.empty()) options.format = a.format == "v3.1" ? HfFormat::V31 : HfFormat::V32;
     options.dtype = a.dtype == "fp8" ? HfDtype::FP8 : a.dtype == "bf16" ? HfDtype::BF16 : HfDtype::FP32;
     std::printf("export %s -> %s\n", source->describe().c_str(), a.to.c_str());
+    mention_leftovers(a.to);
     std::unique_ptr<Progress> progress;
     uint64_t before = 0;
     export_checkpoint(*source, a.to, options, [&](uint64_t done, uint64_t total, const std::string&) {

@@ -220,6 +220,17 @@ class Refusals(unittest.TestCase):
     def test_export_onto_an_existing_folder(self):
         self.refused(0, ["export", "--from", "warmup", "--to", "v31"], 3, "exists already")
 
+    def test_export_under_a_file(self):
+        self.refused(0, ["export", "--from", "warmup", "--to", "a_file/folder"], 3, "a_file")
+
+    def test_export_names_what_a_killed_one_left(self):
+        os.mkdir(self.scratch / "twice.tmp-17")
+        self.addCleanup(lambda: [shutil.rmtree(self.scratch / name) for name in ("twice.tmp-17", "twice")])
+        run = self.scratch.run(0, "export", "--from", "warmup", "--to", "twice/")
+        self.assertEqual(run.code, 0, run)
+        self.assertIn("twice.tmp-17 is left", run.out)
+        self.assertEqual(len(safetensors_of(self.scratch / "twice")), len(safetensors_of(self.scratch / "v31")) + 4 * 7)
+
     def test_export_of_nothing(self):
         self.refused(0, ["export", "--from", "nowhere", "--to", "new"], 3, "nowhere")
 
