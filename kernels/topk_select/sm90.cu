@@ -193,7 +193,7 @@ __device__ __forceinline__ void rank(const Collect& collect, uint32_t need, Shar
   __syncthreads();
 }
 
-// The k best of scores above -inf whose least and greatest keys are lo and hi; there are more than k >= 1.
+// The k best (k >= 1) of scores above -inf, of which at least k have keys from lo to hi and none has a greater one.
 // visit(f) calls f(score, index) for each of this thread's scores and possibly for some of -inf; indices are below n.
 // floor: a guess below which the k-th best does not lie, or -inf; it costs a pass when wrong.
 template <class Visit>
@@ -389,16 +389,19 @@ __device__ uint32_t select_resident(const Row& row, uint32_t k, uint32_t begin, 
   const bool have_single = threadIdx.x < row.singles();
   const uint32_t single_index = row.single_index(threadIdx.x);
   if (have_single) single = __ldg(row.scores + single_index);
-  float least = x[0], most = x[0], mean = 0.f;
-  bool odd = false;  // NaN
+  float least = x[0], most = x[0], other = x[1], mean = 0.f;  // most and other: the greatest of even and odd places
+  bool odd = false;                                           // NaN
 #pragma unroll
   for (int i = 0; i < kResidentEach; ++i) {
-    least = fminf(least, x[i]), most = fmaxf(most, x[i]), mean += x[i];
+    least = fminf(least, x[i]), mean += x[i];
+    (i % 2 ? other : most) = fmaxf(i % 2 ? other : most, x[i]);
     odd |= x[i] != x[i];
   }
+  bool tied = most == other;
+  most = fmaxf(most, other);
   uint32_t valid = kResidentEach;
   if (odd || !(least > -kInfinity)) {  // absent scores, -inf or NaN among them
-    valid = 0, least = kInfinity, most = -kInfinity, mean = 0.f;
+    valid = 0, least = kInfinity, most = -kInfinity, mean = 0.f, tied = false;
 #pragma unroll
     for (int i = 0; i < kResidentEach; ++i) {
       if (x[i] != x[i]) ++nans, x[i] = -kInfinity;
@@ -409,7 +412,11 @@ __device__ uint32_t select_resident(const Row& row, uint32_t k, uint32_t begin, 
   if (single > -kInfinity) ++valid, least = fminf(least, single), most = fmaxf(most, single), mean += single;
   uint32_t lo = key_of(least), hi = key_of(most);
   mean = block_sum(mean, s);
+  constexpr int kTiedShift = 16;  // above the number of valid scores, the number of threads whose greatest came twice
+  valid |= static_cast<uint32_t>(tied) << kTiedShift;
   extremes(valid, lo, hi, s);
+  const uint32_t ties = valid >> kTiedShift;
+  valid &= (1u << kTiedShift) - 1;
   Cut cut{-kInfinity, 0};
   if (valid > k) {
     const auto visit = [&](auto f) {
@@ -418,6 +425,13 @@ __device__ uint32_t select_resident(const Row& row, uint32_t k, uint32_t begin, 
 #pragma unroll
       for (int i = 0; i < kResidentEach; ++i) f(afresh(x[i]), index + (i / 4) * 4 * kThreads + i % 4);
     };
+    if (ties > kThreads / 2) {  // perhaps all that is wanted equals the greatest
+      const float top = score_of(hi);
+      uint32_t equal = 0, total;
+      visit([&](float y, uint32_t) { equal += y == top; });
+      exclusive_sum(equal, s, &total);
+      if (total >= k) lo = hi;
+    }
     // Where the mean leaves enough scores above it, the others need not be counted.
     mean = valid / 9 * 4 > k ? mean / valid : -kInfinity;
     cut = find_cut(visit, lo, hi, mean, k, row.n, s);
