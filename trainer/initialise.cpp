@@ -49,10 +49,12 @@ bool ends_with(const std::string& s, const std::string& tail) { return s.size() 
 
 bool is_indexer_tensor(const std::string& name) { return name.find(".self_attn.indexer.") != std::string::npos; }
 
-InitialWeights::InitialWeights(std::shared_ptr<const WeightSource> source, bool random_indexer, double std, uint64_t seed)
-    : source_(std::move(source)), random_indexer_(random_indexer), std_(std), seed_(seed) {}
+InitialWeights::InitialWeights(std::shared_ptr<const WeightSource> source, bool random_indexer, double std, uint64_t seed,
+                               std::function<void(int64_t)> progress)
+    : source_(std::move(source)), random_indexer_(random_indexer), std_(std), seed_(seed), progress_(std::move(progress)) {}
 
 void InitialWeights::read(const ShardSpec& box, Dtype dtype, void* out) const {
+  if (progress_) progress_(numel(box) * bits(dtype) / 8);
   if (source_ && source_->has(box.name)) {
     source_->read(box, dtype, out);
     return;

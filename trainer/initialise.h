@@ -4,6 +4,7 @@
 //   norm weight = 1, bias = 0, router correction bias = 0
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "trainer/checkpoint/weight_source.h"
@@ -15,7 +16,9 @@ class InitialWeights {
  public:
   // source may be null: everything random. With a source only what it can lack is random (the indexer of a V3.1
   // checkpoint, when random_indexer); anything else missing throws InputError.
-  InitialWeights(std::shared_ptr<const WeightSource> source, bool random_indexer, double std, uint64_t seed);
+  // `progress` hears the bytes filled, as they stand in memory.
+  InitialWeights(std::shared_ptr<const WeightSource> source, bool random_indexer, double std, uint64_t seed,
+                 std::function<void(int64_t)> progress = {});
 
   // Fills `out` (contiguous, box.extent; F32 or F64).
   void read(const ShardSpec& box, Dtype dtype, void* out) const;
@@ -27,6 +30,7 @@ class InitialWeights {
   bool random_indexer_;
   double std_;
   uint64_t seed_;
+  std::function<void(int64_t)> progress_;
 };
 
 // "model.layers.3.self_attn.indexer.wk.weight" and the like.

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <tuple>
 
 namespace dsa {
@@ -140,9 +141,12 @@ void ShardedAdamW::initialise(const InitialWeights& weights) {
   }
 }
 
-void ShardedAdamW::load(const CheckpointReader& checkpoint) {
+void ShardedAdamW::load(const CheckpointReader& checkpoint, const std::function<void(int64_t)>& progress) {
   const c10::NoGradGuard no_grad;
-  for (const StateShard& s : state()) checkpoint.read(s.box, s.role, s.dtype, s.data);
+  for (const StateShard& s : state()) {
+    checkpoint.read(s.box, s.role, s.dtype, s.data);
+    if (progress) progress(numel(s.box) * bits(s.dtype) / 8);
+  }
   for (Bucket& bucket : buckets_) publish(bucket);
 }
 

@@ -9,7 +9,7 @@
 // any mesh loads in any other. Master weights, moments and gradient sums are fp32 (fp64 in fp64 runs).
 #pragma once
 
-#include <map>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -46,7 +46,8 @@ class ShardedAdamW {
 
   // Fills the master weights (each rank reads its shard only), then the parameters. Collective.
   void initialise(const InitialWeights& weights);
-  void load(const CheckpointReader& checkpoint);
+  // From a checkpoint of any mesh; `progress` hears the bytes read. Collective.
+  void load(const CheckpointReader& checkpoint, const std::function<void(int64_t)>& progress);
 
   // This rank's boxes of the master weights and both moments. The memory stays this object's.
   std::vector<StateShard> state() const;

@@ -1,10 +1,6 @@
 #include "trainer/trainer.h"
 
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/sign.h>
 #include <fmt/format.h>
-#include <sys/resource.h>
 
 #include <algorithm>
 #include <chrono>
@@ -16,9 +12,11 @@
 #include "trainer/checkpoint/save.h"
 #include "trainer/initialise.h"
 #include "trainer/lr_schedule.h"
+#include "trainer/metrics/progress.h"
 #include "trainer/router_bias.h"
 #include "trainer/run_failure.h"
 #include "trainer/stage.h"
+#include "trainer/step_summary.h"
 
 namespace dsa {
 namespace {
@@ -32,25 +30,10 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+const char* name(Precision p) { return p == Precision::FP64 ? "fp64" : p == Precision::BF16 ? "bf16" : "fp32"; }
+
 at::ScalarType dtype_of(Precision p) {
   return p == Precision::FP64 ? at::kDouble : p == Precision::BF16 ? at::kBFloat16 : at::kFloat;
-}
-
-// Sums the numbers over all ranks.
-std::vector<double> sum_over(Communicator& group, std::vector<double> numbers) {
-  const at::Tensor mine = at::from_blob(numbers.data(), {static_cast<int64_t>(numbers.size())}, at::kDouble);
-  const at::Tensor all = group.all_reduce(mine);
-  return {all.data_ptr<double>(), all.data_ptr<double>() + numbers.size()};
-}
-
-double max_over(Communicator& group, double number) {
-  return group.all_reduce(at::from_blob(&number, {1}, at::kDouble), Reduction::MAX).item<double>();
-}
-
-int64_t peak_memory_bytes() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return usage.ru_maxrss * 1024;
 }
 
 AdamOptions adam_options(const Recipe::Optimizer& o) {
@@ -80,11 +63,14 @@ Trainer::Trainer(const ResolvedRecipe& recipe, Mesh& mesh)
   model_.parameters().set_trainable(ParameterGroup::BACKBONE, recipe_.stage != StageKind::WARMUP);
   model_.parameters().set_trainable(ParameterGroup::INDEXER, true);
   optimizer_ = std::make_unique<ShardedAdamW>(model_.parameters(), mesh_, adam_options(recipe_.optimizer));
-  const InitialWeights weights(start_.source, start_.random_indexer, recipe_.init.std, recipe_.init.seed);
+  std::optional<Progress> loading;
+  if (mesh_.rank() == 0) loading.emplace("load", 0, "bytes");
+  const auto loaded = [&](int64_t bytes) { if (loading) loading->add(bytes); };
+  const InitialWeights weights(start_.source, start_.random_indexer, recipe_.init.std, recipe_.init.seed, loaded);
   weights.fill(model_.parameters(), /*frozen_only=*/true);
   if (start_.resume) {
     const TrainingState& state = start_.resume->state();
-    optimizer_->load(*start_.resume);
+    optimizer_->load(*start_.resume, loaded);
     done_ = state.step;
     skipped_ = static_cast<int64_t>(state.scalars.at("skipped"));
     optimizer_->set_steps(done_ - skipped_);
@@ -102,13 +88,7 @@ StepReport Trainer::step(int64_t number) {
   // 1 the batch: a pure function of the step
   const Microbatches batches = loader_.training(number);
   const double loaded = now();
-  std::vector<double> counts(start_.config.num_nextn_predict_layers + 1, 0);
-  for (const auto& samples : batches) {
-    const std::vector<int64_t> n = count_targets(samples, start_.config.num_nextn_predict_layers);
-    for (size_t d = 0; d < n.size(); ++d) counts[d] += static_cast<double>(n[d]);
-  }
-  counts = sum_over(mesh_.along(Axis::DATA), counts);
-  const std::vector<int64_t> targets(counts.begin(), counts.end());
+  const std::vector<int64_t> targets = global_targets(batches, start_.config.num_nextn_predict_layers, mesh_);
   const StagePlan plan = plan_step(recipe_, start_.config, targets[0]);
 
   // 2, 3 forward and backward; the indexers' gradients come with the forward pass
@@ -122,63 +102,29 @@ StepReport Trainer::step(int64_t number) {
 
   // 4, 5 sums over ranks, norms; all ranks agree whether the step counts
   const GradientNorms norms = optimizer_->reduce();
-  StepReport result = assemble(report, targets, norms);
+  const bool counts = norms.finite();
+  skipped_ += !counts;
+  skipped_in_a_row_ = counts ? 0 : skipped_in_a_row_ + 1;
 
   // 6 update
   const double factor = lr_factor(recipe_.schedule, recipe_.optimizer.lr, number);
-  if (norms.finite()) {
-    optimizer_->step(norms, recipe_.optimizer.lr * factor, recipe_.optimizer.indexer_lr * factor);
-    if (plan.train_backbone) update_router_bias(model_.parameters(), report, recipe_.loss.router_bias_speed, mesh_);
-    skipped_in_a_row_ = 0;
-  } else {
-    ++skipped_;
-    ++skipped_in_a_row_;
-  }
+  if (counts) optimizer_->step(norms, recipe_.optimizer.lr * factor, recipe_.optimizer.indexer_lr * factor);
+  if (counts && plan.train_backbone)
+    update_router_bias(model_.parameters(), report, recipe_.loss.router_bias_speed, mesh_);
   done_ = number;
 
   // 7 report
+  StepReport result = summarise(report, targets, norms, recipe_, start_.config, mesh_);
+  const int64_t tokens = recipe_.batch.sequences * recipe_.data.sequence_length;
   result.step = number;
   if (plan.train_backbone) result.lr = recipe_.optimizer.lr * factor;
   if (plan.train_indexer) result.indexer_lr = recipe_.optimizer.indexer_lr * factor;
   result.skipped_total = skipped_;
-  result.tokens_total = number * recipe_.batch.sequences * recipe_.data.sequence_length;
+  result.tokens_total = number * tokens;
   result.data_seconds = loaded - begin;
   result.step_seconds = now() - begin;
-  result.tokens_per_second =
-      static_cast<double>(recipe_.batch.sequences * recipe_.data.sequence_length) / result.step_seconds;
-  result.checkpoint = checkpoint_note_;
+  result.tokens_per_second = static_cast<double>(tokens) / result.step_seconds;
   return result;
-}
-
-StepReport Trainer::assemble(const ModelReport& report, const std::vector<int64_t>& targets,
-                             const GradientNorms& norms) const {
-  // The ranks of a tensor group hold the same losses: each contributes its share.
-  const double share = 1.0 / mesh_.layout().degrees().tensor;
-  std::vector<double> numbers{report.lm_loss * share, report.mtp_loss * share};
-  for (const LayerReport& l : report.layers)
-    numbers.insert(numbers.end(), {l.kl, l.kl_rows, l.entropy, l.recall, l.recall_rows});
-  numbers = sum_over(mesh_.along(Axis::WORLD), numbers);
-
-  StepReport r;
-  r.steps = recipe_.schedule.steps;
-  r.stage = stage_name(recipe_.stage);
-  r.lm_loss = numbers[0] / static_cast<double>(targets[0]);
-  if (targets.size() > 1) r.mtp_loss = numbers[1] / static_cast<double>(std::max<int64_t>(targets[1], 1));
-  if (recipe_.stage != StageKind::PRETRAIN) {
-    for (size_t l = 0; l < report.layers.size(); ++l) {
-      const double* n = numbers.data() + 2 + 5 * l;
-      r.kl_layer.push_back(n[0] / n[1]);
-      r.entropy_layer.push_back(n[2] / n[1]);
-      r.recall_layer.push_back(n[3] / n[4]);
-    }
-    r.kl_mean = mean(r.kl_layer);
-    r.top_k = start_.config.indexer->top_k;
-    r.grad_norm_indexer = norms.indexer;
-  }
-  if (recipe_.stage != StageKind::WARMUP) r.grad_norm_backbone = norms.backbone;
-  r.expert_load_max_over_mean = expert_load_max_over_mean(report, mesh_);
-  r.memory_bytes = static_cast<int64_t>(max_over(mesh_.along(Axis::WORLD), static_cast<double>(peak_memory_bytes())));
-  return r;
 }
 
 double Trainer::held_out_loss() {
@@ -222,8 +168,12 @@ void Trainer::save(int64_t number) {
     for (const Buffer& b : model_.parameters().buffers)
       shards.push_back({Role::BUFFER, whole(b.name, {b.value.numel()}),
                         b.value.scalar_type() == at::kDouble ? Dtype::F64 : Dtype::F32, b.value.data_ptr()});
-  const SaveResult result =
-      save_checkpoint(recipe_.run.folder, state, shards, mesh_.along(Axis::WORLD), static_cast<int>(recipe_.checkpoint.keep));
+  std::optional<Progress> saving;
+  if (mesh_.rank() == 0) saving.emplace("save", 0, "bytes");
+  const SaveResult result = save_checkpoint(recipe_.run.folder, state, shards, mesh_.along(Axis::WORLD),
+                                            static_cast<int>(recipe_.checkpoint.keep),
+                                            [&](uint64_t bytes) { if (saving) saving->add(static_cast<int64_t>(bytes)); });
+  saving.reset();
   checkpoint_seconds_ += result.seconds;
   failed_saves_ = result.committed ? 0 : failed_saves_ + 1;
   checkpoint_note_ = std::to_string(number) + (result.committed ? " ok" : " failed");
@@ -234,7 +184,7 @@ void Trainer::save(int64_t number) {
                                                 " failures in a row, the last: " + result.error + ") free the disk and run again");
 }
 
-std::string Trainer::run() {
+void Trainer::run() {
   std::signal(SIGUSR1, request_stop);
   std::signal(SIGTERM, request_stop);
   Communicator& world = mesh_.along(Axis::WORLD);
@@ -259,7 +209,6 @@ std::string Trainer::run() {
     }
   }
   finish("all " + std::to_string(recipe_.schedule.steps) + " steps done");
-  return last_checkpoint_;
 }
 
 void Trainer::announce() {
@@ -285,7 +234,7 @@ void Trainer::announce() {
                    warmup      ? "the indexers, by KL"
                    : c.indexer ? "the backbone by the next token, the indexers by KL"
                                : "by the next token",
-                   recipe_.stage == StageKind::SPARSE ? "sparse" : "dense", at::toString(model_.options().dtype)));
+                   recipe_.stage == StageKind::SPARSE ? "sparse" : "dense", name(recipe_.compute.precision)));
   line("  weights " + start_.story);
   line(fmt::format("  data    {} tokens, {} sequences of {}, held out {}; tokenizer {}", dataset_->tokens(), dataset_->samples(),
                    recipe_.data.sequence_length, dataset_->held_out_samples(), tokenizer_));

@@ -18,8 +18,8 @@ class Trainer {
   Trainer(const ResolvedRecipe& recipe, Mesh& mesh);
   ~Trainer();
 
-  // Runs to the last step, saving on the way. Returns the reason it ended; throws RunFailure.
-  std::string run();
+  // Runs to the last step, saving on the way. Throws RunFailure.
+  void run();
 
   // One optimizer step; `number` counts from 1.
   StepReport step(int64_t number);
@@ -32,7 +32,6 @@ class Trainer {
   int64_t steps_done() const { return done_; }
 
  private:
-  StepReport assemble(const ModelReport& report, const std::vector<int64_t>& targets, const GradientNorms& norms) const;
   void announce();
   void finish(const std::string& reason);
 

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <functional>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -79,9 +80,9 @@ const void* row_pointer(const StateShard& shard, const Box& rows) {
 class Save {
  public:
   Save(const std::string& run_folder, const TrainingState& state, const std::vector<StateShard>& shards,
-       Communicator& world, int keep)
+       Communicator& world, int keep, const std::function<void(uint64_t)>& wrote)
       : checkpoints_(fs::path(run_folder) / kCheckpointsFolder), state_(state), shards_(shards), world_(world),
-        keep_(std::max(keep, 1)), final_(checkpoint_folder(run_folder, state.step)) {}
+        keep_(std::max(keep, 1)), wrote_(wrote), final_(checkpoint_folder(run_folder, state.step)) {}
 
   SaveResult run() {
     const auto start = std::chrono::steady_clock::now();
@@ -164,7 +165,7 @@ class Save {
                           row_pointer(shard, piece.box)});
     }
     const WrittenShard w = write_shard((fs::path(staging_) / shard_name(world_.rank())).string(), datasets,
-                                       kHashBlockBytes);
+                                       kHashBlockBytes, wrote_);
     return fmt::format("{} {} {} {}", w.hash.bytes, w.hash.whole, fmt::join(w.hash.blocks, ","),
                        fmt::join(w.positions, ","));
   }
@@ -232,6 +233,7 @@ class Save {
   const std::vector<StateShard>& shards_;
   Communicator& world_;
   size_t keep_;
+  const std::function<void(uint64_t)>& wrote_;
   std::string final_, staging_;
   std::vector<std::vector<HeldBox>> held_;         // by rank
   std::vector<std::vector<PlannedPiece>> plan_;    // by rank
@@ -241,8 +243,9 @@ class Save {
 }  // namespace
 
 SaveResult save_checkpoint(const std::string& run_folder, const TrainingState& state,
-                           const std::vector<StateShard>& shards, Communicator& world, int keep) {
-  return Save(run_folder, state, shards, world, keep).run();
+                           const std::vector<StateShard>& shards, Communicator& world, int keep,
+                           const std::function<void(uint64_t)>& wrote) {
+  return Save(run_folder, state, shards, world, keep, wrote).run();
 }
 
 }  // namespace dsa

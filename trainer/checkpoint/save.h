@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -32,8 +33,9 @@ struct SaveResult {
 /// gets the same result. The boxes of all ranks together must cover each tensor exactly once per role, copies on
 /// several ranks counted once: a copy is written by the rank with the least to write, large ones in pieces by several.
 /// A checkpoint of the same step is replaced. Afterwards the newest `keep` (at least 1) checkpoints up to this step
-/// stay. A failure (disk full, ...) does not throw: it leaves the earlier checkpoints as they were and no remains.
+/// stay. `wrote` hears the bytes this rank has written. A failure (disk full, ...) does not throw: it leaves the earlier checkpoints as they were and no remains.
 SaveResult save_checkpoint(const std::string& run_folder, const TrainingState& state,
-                           const std::vector<StateShard>& shards, Communicator& world, int keep);
+                           const std::vector<StateShard>& shards, Communicator& world, int keep,
+                           const std::function<void(uint64_t)>& wrote = {});
 
 }  // namespace dsa

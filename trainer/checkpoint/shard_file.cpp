@@ -44,9 +44,13 @@ std::vector<uint64_t> dataset_positions(const std::string& path, const std::vect
 
 }  // namespace
 
-WrittenShard write_shard(const std::string& path, const std::vector<ShardDataset>& datasets, uint64_t block_bytes) {
+WrittenShard write_shard(const std::string& path, const std::vector<ShardDataset>& datasets, uint64_t block_bytes,
+                         const std::function<void(uint64_t)>& wrote) {
   Hdf5File file = Hdf5File::create(path);
-  for (const ShardDataset& d : datasets) file.write_dataset(d.name, d.dtype, d.extent, d.data);
+  for (const ShardDataset& d : datasets) {
+    file.write_dataset(d.name, d.dtype, d.extent, d.data);
+    if (wrote) wrote(bytes_of(d.dtype, d.extent));
+  }
   file.close();
   sync_file(path);
 

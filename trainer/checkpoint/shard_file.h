@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -23,7 +24,9 @@ struct WrittenShard {
 };
 
 /// Writes, closes and fsyncs `path`, then reads it back once: every dataset's bytes are compared with memory while the
-/// file is hashed. (A full disk can pass HDF5's flush and close unseen.) Throws InputError.
-WrittenShard write_shard(const std::string& path, const std::vector<ShardDataset>& datasets, uint64_t block_bytes);
+/// file is hashed. (A full disk can pass HDF5's flush and close unseen.) Throws InputError. `wrote` hears the bytes of
+/// each dataset.
+WrittenShard write_shard(const std::string& path, const std::vector<ShardDataset>& datasets, uint64_t block_bytes,
+                         const std::function<void(uint64_t)>& wrote = {});
 
 }  // namespace dsa

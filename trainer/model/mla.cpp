@@ -26,7 +26,7 @@ Mla::Mla(const ModelBuilder& builder, const std::string& prefix, int64_t layer, 
       eps_(builder.config.rms_norm_eps),
       scale_(builder.config.softmax_scale()) {
   const ModelConfig& c = builder.config;
-  heads_ = all_heads_ / mesh_.layout().degrees().tensor;
+  heads_ = even_share("the attention heads", all_heads_, mesh_.layout().degrees().tensor, "tensor");
   q_a_ = builder.matrix(prefix + "q_a_proj.weight", c.q_lora_rank, c.hidden_size);
   q_a_norm_ = builder.vector(prefix + "q_a_layernorm.weight", c.q_lora_rank);
   q_b_ = builder.tensor_split_matrix(prefix + "q_b_proj.weight", all_heads_ * (nope_ + rope_), c.q_lora_rank, 0);

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace dsa {
@@ -15,14 +16,16 @@ std::string numbered(const std::string& pattern, int64_t number) {
   return pattern.substr(0, at) + std::to_string(number) + pattern.substr(at + 1);
 }
 
-int64_t share(const std::string& what, int64_t n, int64_t parts, const char* axis) {
-  if (n % parts != 0)
-    throw std::invalid_argument("cannot split " + what + " over " + axis + " = " + std::to_string(parts) + " (its size " +
-                                std::to_string(n) + " is not a multiple) choose a degree that divides it");
-  return n / parts;
-}
-
 }  // namespace
+
+int64_t even_share(const std::string& what, int64_t n, int64_t parts, const char* axis) {
+  if (n % parts == 0) return n / parts;
+  std::string legal;
+  for (int64_t d = 1; d <= std::min<int64_t>(n, 1024); d *= 2)
+    if (n % d == 0) legal += (legal.empty() ? "" : ", ") + std::to_string(d);
+  throw std::invalid_argument("cannot split " + what + " over " + axis + " = " + std::to_string(parts) + " (its size " +
+                              std::to_string(n) + " is not a multiple) powers of two that work: " + legal);
+}
 
 at::ScalarType ModelBuilder::statistics_dtype() const { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
@@ -35,7 +38,7 @@ at::Tensor ModelBuilder::matrix(const std::string& name, int64_t out, int64_t in
 at::Tensor ModelBuilder::tensor_split_matrix(const std::string& name, int64_t out, int64_t in, int dim) const {
   const int64_t parts = mesh.layout().degrees().tensor, index = mesh.coordinates().tensor;
   ShardSpec shard{name, {out, in}, {0, 0}, {out, in}, Split::TENSOR};
-  shard.extent[dim] = share(name, shard.global_shape[dim], parts, "tensor");
+  shard.extent[dim] = even_share(name, shard.global_shape[dim], parts, "tensor");
   shard.offset[dim] = index * shard.extent[dim];
   at::Tensor value = leaf(shard.extent, dtype);
   list.parameters.push_back({value, {shard}, ParameterGroup::BACKBONE, true, false});
@@ -44,7 +47,7 @@ at::Tensor ModelBuilder::tensor_split_matrix(const std::string& name, int64_t ou
 
 at::Tensor ModelBuilder::expert_matrices(const std::string& name, int64_t out, int64_t in) const {
   const int64_t ranks = mesh.layout().degrees().expert;
-  const int64_t local = share("the experts of " + name, config.n_routed_experts, ranks, "expert");
+  const int64_t local = even_share("the experts of " + name, config.n_routed_experts, ranks, "expert");
   const int64_t first = mesh.coordinates().expert * local;
   Parameter p{leaf({local, out, in}, dtype), {}, ParameterGroup::BACKBONE, true, true};
   for (int64_t e = 0; e < local; ++e)

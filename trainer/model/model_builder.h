@@ -12,6 +12,9 @@
 
 namespace dsa {
 
+// n / parts; throws std::invalid_argument naming the legal degrees when it does not divide. axis: "tensor", "expert".
+int64_t even_share(const std::string& what, int64_t n, int64_t parts, const char* axis);
+
 struct ModelBuilder {
   const ModelConfig& config;
   Mesh& mesh;
