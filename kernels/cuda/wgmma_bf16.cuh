@@ -1,7 +1,7 @@
 // Warpgroup matrix instructions for bf16 with fp32 accumulators (PTX ISA, wgmma), K = 16: d[64 x N] (+)= A[64 x 16] B[16 x N].
 // A from shared memory or registers, either operand in either order; shared operands are 128-byte swizzled. Accumulators
-// lie as in wgmma.cuh. Operands whose rows run along K are described by wgmma_operand; operands stored with rows along M or
-// N (the transposed flags) by wgmma_operand_across.
+// lie as in wgmma.cuh. Operands whose rows run along K are described by operand_along_k; operands stored with rows along M
+// or N (the `across` flags) by operand_across_k.
 //
 // A in registers, lane l of warp w: {row 16w + l/4, columns 2(l%4) and +1}, {row + 8}, {columns + 8}, {both}.
 #pragma once
@@ -12,11 +12,15 @@
 
 namespace dsa::cuda {
 
+/// Operand whose rows of 64 elements (128 bytes, swizzled) run along K, eight rows in 1024 bytes. Advance K by 16: add 2.
+__device__ __forceinline__ uint64_t operand_along_k(const void* p) {
+  return 0x4000004000000000ull | (shared_address(p) & 0x3FFFF) >> 4 | 1u << 16;
+}
+
 /// Operand whose rows of 64 elements (128 bytes, swizzled) run along M or N, eight values of K in 1024 bytes; the next 64
 /// elements lie panel_bytes further. Advance K by 16: add 128.
-__device__ __forceinline__ uint64_t wgmma_operand_across(const void* p, uint32_t panel_bytes = 1024) {
-  return static_cast<uint64_t>((shared_address(p) & 0x3FFFF) >> 4) | static_cast<uint64_t>(panel_bytes >> 4) << 16 | 64ull << 32 |
-         1ull << 62;
+__device__ __forceinline__ uint64_t operand_across_k(const void* p, uint32_t panel_bytes = 1024) {
+  return 0x4000004000000000ull | (shared_address(p) & 0x3FFFF) >> 4 | panel_bytes >> 4 << 16;
 }
 
 /// N = 32, A and B in shared memory; accumulate = 0 overwrites d.

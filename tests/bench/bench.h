@@ -42,5 +42,6 @@ struct Options {
 
 void run_indexer_suite(const Options& options, Report& report);
 void run_topk_suite(const Options& options, Report& report);
+void run_sparse_mla_suite(const Options& options, Report& report);
 
 }  // namespace dsa::bench

@@ -1,4 +1,4 @@
-// dsa_bench SUITE [--json FILE] [--only TEXT] [--quick]     SUITE: indexer, topk
+// dsa_bench SUITE [--json FILE] [--only TEXT] [--quick]     SUITE: indexer, topk, sparse_mla
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -15,8 +15,8 @@ int main(int argc, char** argv) try {
     else if (!std::strcmp(argv[i], "--only") && i + 1 < argc) options.only = argv[++i];
     else suite = "";
   }
-  if (suite != "indexer" && suite != "topk") {
-    std::fprintf(stderr, "usage: dsa_bench indexer|topk [--json FILE] [--only TEXT] [--quick]\n");
+  if (suite != "indexer" && suite != "topk" && suite != "sparse_mla") {
+    std::fprintf(stderr, "usage: dsa_bench indexer|topk|sparse_mla [--json FILE] [--only TEXT] [--quick]\n");
     return 2;
   }
   if (!dsa::test::have_device()) {
@@ -24,7 +24,9 @@ int main(int argc, char** argv) try {
     return 0;
   }
   dsa::bench::Report report;
-  (suite == "indexer" ? dsa::bench::run_indexer_suite : dsa::bench::run_topk_suite)(options, report);
+  (suite == "indexer" ? dsa::bench::run_indexer_suite
+   : suite == "topk"  ? dsa::bench::run_topk_suite
+                      : dsa::bench::run_sparse_mla_suite)(options, report);
   if (!json.empty()) report.write_json(json);
   return 0;
 } catch (const std::exception& e) {

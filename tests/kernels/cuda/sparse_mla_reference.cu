@@ -4,8 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <random>
+#include <thread>
 
 #include "kernels/cuda/check.h"
 #include "tests/support/cuda_device.h"
@@ -141,12 +143,11 @@ void make_lists(Lists kind, int64_t rows, int64_t keys, int k, uint32_t seed, st
   for (float& x : shared) x = normal(shared_random);
   std::vector<float> noise(1 << 16);
   for (float& x : noise) x = 0.3f * normal(shared_random);
-#pragma omp parallel
-  {
+  std::atomic<int64_t> next{0};
+  const auto fill = [&] {
     std::vector<std::pair<float, int32_t>> best;
     std::vector<uint8_t> taken;
-#pragma omp for schedule(dynamic, 16)
-    for (int64_t t = 0; t < rows; ++t) {
+    for (int64_t t; (t = next++) < rows;) {
       const int64_t seen = keys - rows + t + 1;
       int32_t* row = &indices[t * k];
       if (seen <= k) {
@@ -175,7 +176,10 @@ void make_lists(Lists kind, int64_t rows, int64_t keys, int k, uint32_t seed, st
       }
       std::sort(row, row + k);
     }
-  }
+  };
+  std::vector<std::thread> threads;
+  for (unsigned i = 0; i < std::max(1u, std::thread::hardware_concurrency()); ++i) threads.emplace_back(fill);
+  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace dsa::test

@@ -1,0 +1,100 @@
+// What the Hopper kernels of sparse_mla share: which list entries count, the gather of a tile of 64 listed keys, softmax
+// fragments. A tile lies in shared memory as nine panels of 64 keys x 64 columns, 128-byte swizzled; panel 8 is rope.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/async_copy.cuh"
+#include "kernels/cuda/tma.cuh"
+#include "kernels/cuda/wgmma_bf16.cuh"
+#include "kernels/sparse_mla/params.h"
+
+namespace dsa::sparse_mla_sm90 {
+
+constexpr int kTile = 64;         // keys
+constexpr int kHeadBlock = 64;    // heads of a CTA
+constexpr int kPanels = 9;        // of 64 columns in 576
+constexpr int kValuePanels = 8;   // of 64 columns in 512
+constexpr int kPanelBytes = 64 * 128;
+constexpr int kDim = 576, kLatent = 512;
+
+struct Lists {
+  const int32_t* indices;  // [T,K]
+  int64_t stride;
+  const int32_t* lengths;  // [T] or null
+  int k, keys;
+
+  __device__ __forceinline__ int length(int64_t t) const { return lengths ? min(max(__ldg(lengths + t), 0), k) : k; }
+  /// Entry i of a row, -1 if it does not count.
+  __device__ __forceinline__ int entry(const int32_t* row, int i, int length) const {
+    if (i >= length) return -1;
+    const int key = __ldg(row + i);
+    const int before = i > 0 ? __ldg(row + i - 1) : -1;
+    return key >= 0 && key < keys && key > before ? key : -1;
+  }
+  /// The entries of a tile that count, as bits; by a whole warp.
+  __device__ __forceinline__ uint2 mask(const int32_t* row, int first, int length) const {
+    const int lane = threadIdx.x % 32;
+    return {__ballot_sync(~0u, entry(row, first + lane, length) >= 0), __ballot_sync(~0u, entry(row, first + 32 + lane, length) >= 0)};
+  }
+};
+
+/// A producing warpgroup's view of a tile: thread i copies 16 bytes of rows i/8 + 16j of each panel.
+struct Gather {
+  const char* from[4];
+  uint32_t to[4];
+  bool read[4];
+
+  __device__ __forceinline__ void start(const Lists& lists, const int32_t* row, int first, int length, const char* kv,
+                                        int64_t kv_bytes, int thread) {
+    const int chunk = thread % 8;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int r = thread / 8 + 16 * j, i = first + r;
+      const int key = i < length ? __ldg(row + i) : -1;
+      read[j] = key >= 0 && key < lists.keys;
+      from[j] = kv + (read[j] ? key * kv_bytes : 0) + chunk * 16;
+      to[j] = r * 128 + ((chunk ^ (r & 7)) << 4);
+    }
+  }
+  __device__ __forceinline__ void copy_panel(uint32_t tile, int panel) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) cuda::copy16_or_zero(tile + panel * kPanelBytes + to[j], from[j] + panel * 128, read[j]);
+  }
+};
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(two);
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// Whether key `column` of the tile counts.
+__device__ __forceinline__ bool counts(uint2 mask, int column) { return (column < 32 ? mask.x >> column : mask.y >> (column - 32)) & 1; }
+
+/// Two neighbouring columns of row `row` of a swizzled 64 x 64 bf16 tile; column is even.
+__device__ __forceinline__ void store_pair(char* tile, int row, int column, uint32_t pair) {
+  *reinterpret_cast<uint32_t*>(tile + row * 128 + (((column >> 3) ^ (row & 7)) << 4) + (column & 7) * 2) = pair;
+}
+
+/// Stores an accumulator block of n/4 groups of eight columns as bf16, two heads a thread (row r and r + 8).
+template <int n>
+__device__ __forceinline__ void store_rows(const float (&d)[n], __nv_bfloat16* row, __nv_bfloat16* row8, bool has, bool has8, float scale,
+                                           float scale8) {
+#pragma unroll
+  for (int b = 0; b < n / 4; ++b) {
+    if (has) *reinterpret_cast<uint32_t*>(row + 8 * b) = pack(d[4 * b] * scale, d[4 * b + 1] * scale);
+    if (has8) *reinterpret_cast<uint32_t*>(row8 + 8 * b) = pack(d[4 * b + 2] * scale8, d[4 * b + 3] * scale8);
+  }
+}
+
+}  // namespace dsa::sparse_mla_sm90
