@@ -82,7 +82,7 @@ void InitialWeights::fill(ParameterList& list, bool frozen_only) const {
   };
   for (const Parameter& p : list.parameters) {
     if (frozen_only && p.value.requires_grad()) continue;
-    for (size_t i = 0; i < p.shards.size(); ++i) fill_tensor(p.shards[i], p.piece(i));
+    for (size_t i = 0; i < p.shards.size(); ++i) fill_tensor(p.shards[i], p.piece(p.value, i));
   }
   for (const Buffer& b : list.buffers) fill_tensor(whole(b.name, {b.value.numel()}), b.value);
 }

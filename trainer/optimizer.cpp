@@ -56,7 +56,7 @@ void ShardedAdamW::accumulate() {
     for (const Piece& piece : bucket.pieces) {
       const at::Tensor& whole = piece.parameter->value.grad();
       if (!whole.defined()) continue;
-      const at::Tensor grad = piece.parameter->stacked() ? whole.select(0, static_cast<int64_t>(piece.index)) : whole;
+      const at::Tensor grad = piece.parameter->piece(whole, piece.index);
       for (int r = 0; r < bucket.group->size(); ++r) {
         const Rows rows = piece.rows[r];
         bucket.sum.narrow(0, r * bucket.length + piece.offset[r], rows.extent * piece.row_elements)
@@ -100,7 +100,7 @@ void ShardedAdamW::step(const GradientNorms& norms, double lr, double indexer_lr
 void ShardedAdamW::publish(Bucket& bucket) const {
   const at::Tensor all = bucket.group->all_gather(bucket.master.to(bucket.dtype));
   for (const Piece& piece : bucket.pieces) {
-    const at::Tensor value = piece.parameter->piece(piece.index).detach();
+    const at::Tensor value = piece.parameter->piece(piece.parameter->value, piece.index).detach();
     for (int r = 0; r < bucket.group->size(); ++r) {
       const Rows rows = piece.rows[r];
       at::Tensor part = value.narrow(0, rows.offset, rows.extent);
@@ -158,7 +158,7 @@ std::vector<std::pair<const Parameter*, at::Tensor>> ShardedAdamW::gradients() c
     for (const Piece& piece : bucket.pieces) {
       if (piece.index == 0) gradients.emplace_back(piece.parameter, at::zeros(piece.parameter->value.sizes(), all.options()));
       const at::Tensor& whole = gradients.back().second;
-      const at::Tensor mine = piece.parameter->stacked() ? whole.select(0, static_cast<int64_t>(piece.index)) : whole;
+      const at::Tensor mine = piece.parameter->piece(whole, piece.index);
       for (int r = 0; r < bucket.group->size(); ++r) {
         at::Tensor part = mine.narrow(0, piece.rows[r].offset, piece.rows[r].extent);
         part.copy_(all.narrow(0, r * bucket.length + piece.offset[r], piece.rows[r].extent * piece.row_elements)

@@ -18,7 +18,7 @@ int64_t ParameterList::local_elements() const {
 
 std::vector<std::pair<std::string, at::Tensor>> gather_whole(const Parameter& p, const at::Tensor& local, Mesh& mesh) {
   const at::Tensor mine = local.detach().unsqueeze(0);
-  if (p.stacked()) {
+  if (p.stacked) {
     const at::Tensor all = mesh.along(Axis::EXPERT).all_gather(mine).flatten(0, 1);
     const std::string& first = p.shards[0].name;
     const std::string mark = ".experts.";

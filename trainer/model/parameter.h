@@ -21,13 +21,13 @@ struct Parameter {
   at::Tensor value;               // a leaf; experts of one layer are stacked: [E_local, ...]
   std::vector<ShardSpec> shards;  // one, or one an expert: shards[e] describes value[e]
   ParameterGroup group = ParameterGroup::BACKBONE;
-  bool decay = true;  // false for norms and biases
+  bool decay = true;     // false for norms and biases
+  bool stacked = false;  // experts
 
-  bool stacked() const { return stacked_; }
-  // The piece that shards[i] describes: a view.
-  at::Tensor piece(size_t i) const { return stacked_ ? value.select(0, static_cast<int64_t>(i)) : value; }
-
-  bool stacked_ = false;
+  // The part of `whole` (the value, or its gradient) that shards[i] describes: a view.
+  at::Tensor piece(const at::Tensor& whole, size_t i) const {
+    return stacked ? whole.select(0, static_cast<int64_t>(i)) : whole;
+  }
 };
 
 // State that is trained by a rule, not by a gradient: the router's correction bias. Replicated on every rank.
