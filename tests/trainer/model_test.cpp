@@ -3,6 +3,7 @@
 #include <ATen/ops/cat.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <random>
 
 #include "tests/support/dsa_guard.h"
@@ -36,14 +37,15 @@ class ModelTest : public testing::Test {
  protected:
   ModelTest() : source_(open_weights(kModel)), mesh_(Mesh::single()) {}
 
-  Passed pass(const std::vector<Sample>& samples, AttentionMode attention, bool train_backbone, int64_t top_k = kTopK) {
+  Passed pass(const std::vector<Sample>& samples, AttentionMode attention, bool train_backbone, int64_t top_k = kTopK,
+              at::ScalarType dtype = at::kDouble) {
     ModelConfig config = source_->config();
     config.indexer->top_k = top_k;
-    Transformer model(config, {at::kDouble, false, false}, mesh_);
+    Transformer model(config, {dtype, false, false}, mesh_);
     model.parameters().set_trainable(ParameterGroup::BACKBONE, train_backbone);
     model.parameters().set_trainable(ParameterGroup::INDEXER, true);
     InitialWeights(source_, false, 0, 0).fill(model.parameters(), false);
-    const TokenBatch batch = make_batch(samples, config, mesh_, at::kDouble);
+    const TokenBatch batch = make_batch(samples, config, mesh_, dtype);
     StagePlan plan;
     plan.attention = attention;
     plan.train_backbone = train_backbone;
@@ -116,6 +118,25 @@ TEST_F(ModelTest, EachLossTrainsItsOwnHalf) {
   for (const auto& [name, gradient] : warmup.gradients) EXPECT_TRUE(at::equal(gradient, both.gradients.at(name))) << name;
   // And the backbone's that of the LM loss alone.
   for (const auto& [name, gradient] : sparse.gradients) EXPECT_GT(gradient.abs().max().item<double>(), 0) << name;
+}
+
+// bf16 has 2^-8 of relative rounding; dense, because a flipped key changes everything after it. The weights are bf16
+// numbers, so only activations and gradients are rounded.
+TEST_F(ModelTest, Bfloat16StaysNearDouble) {
+  const std::vector<Sample> samples{random_sample(60, 7), random_sample(60, 8)};
+  const Passed wide = pass(samples, AttentionMode::DENSE, true), narrow = pass(samples, AttentionMode::DENSE, true, kTopK, at::kBFloat16);
+  EXPECT_NEAR(narrow.report.lm_loss, wide.report.lm_loss, 0.02 * wide.report.lm_loss);
+  EXPECT_NEAR(narrow.report.layers[0].kl, wide.report.layers[0].kl, 0.05 * wide.report.layers[0].kl);
+  ASSERT_EQ(narrow.gradients.size(), wide.gradients.size());
+  double inside = 0, wide_square = 0, narrow_square = 0;
+  for (const auto& [name, gradient] : wide.gradients) {
+    if (is_indexer_tensor(name)) continue;
+    const at::Tensor g = narrow.gradients.at(name).to(at::kDouble);
+    inside += (g * gradient).sum().item<double>();
+    wide_square += gradient.square().sum().item<double>();
+    narrow_square += g.square().sum().item<double>();
+  }
+  EXPECT_GT(inside / std::sqrt(wide_square * narrow_square), 0.97);
 }
 
 }  // namespace
