@@ -41,10 +41,46 @@ struct SparseMlaForwardParams : SparseMlaParams {
   uint32_t* bad_entries = nullptr;  ///< one counter, grows by the entries before a row's length that do not count; null: none
 };
 
+struct SparseMlaBackwardParams : SparseMlaParams {
+  const void* d_o = nullptr;      ///< [T,H,512], heads contiguous; rows 16-byte aligned
+  int64_t d_o_stride = 0;         ///< elements from query to query
+  const float* lse = nullptr;     ///< [T,H] contiguous, of the forward pass
+  const float* delta = nullptr;   ///< [T,H] contiguous, see launch_sparse_mla_delta_sm90
+
+  void* dq = nullptr;             ///< [T,H,576] contiguous, bf16
+  float* p_sel = nullptr;         ///< [T,K] contiguous; 0 where an entry does not count
+  float* dkv_sum = nullptr;       ///< [S,576] fp32 that this call adds to, columns in an order of its own; 16-byte aligned
+  /// Every contribution to dkv_sum is rounded to a multiple of this power of two, which makes the sums independent of
+  /// their order as long as no sum passes 2^23 quanta. 0: no rounding; the bits then depend on the order.
+  float quantum = 0;
+
+  void* workspace = nullptr;      ///< of at least sparse_mla_workspace_bytes(p, 1); more rows at once are faster
+  size_t workspace_bytes = 0;
+};
+
 /// Whether the Hopper kernels take this input on the current device; otherwise *why_not says what is missing.
 bool sm90_supports(const SparseMlaParams& p, const char** why_not);
 
 /// Enqueues the forward kernel. Throws std::runtime_error when sm90_supports refuses or CUDA reports an error.
 void launch_sparse_mla_forward_sm90(const SparseMlaForwardParams& p);
+
+/// delta[t,h] = sum_c o[t,h,c] do[t,h,c], fp32, [T,H] contiguous; o contiguous.
+void launch_sparse_mla_delta_sm90(const SparseMlaBackwardParams& p, const void* o, float* delta);
+
+/// Bytes of workspace for `rows` query rows at a time.
+size_t sparse_mla_workspace_bytes(const SparseMlaParams& p, int64_t rows);
+
+/// Enqueues the backward kernels: dq, p_sel, and the sums added to dkv_sum. Throws like the forward launch.
+/// dq and p_sel have the same bits on every run, dkv_sum too unless the quantum is 0 or too small.
+void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p);
+
+/// Writes dkv [S,576] contiguous, bf16 or fp32, from finished sums, and the greatest magnitude in dkv_sum to amax (one
+/// fp32 on the device). The sums are repeatable if sparse_mla_quantum_holds(amax, quantum); otherwise redo the backward
+/// pass with sparse_mla_quantum(amax).
+void launch_sparse_mla_finish_sm90(const float* dkv_sum, int64_t keys, void* dkv, bool bf16, float* amax, CUstream_st* stream);
+
+/// The quantum for sums of up to four times this magnitude; 0 for amax = 0.
+float sparse_mla_quantum(float amax);
+bool sparse_mla_quantum_holds(float amax, float quantum);
 
 }  // namespace dsa

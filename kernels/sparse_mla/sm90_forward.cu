@@ -65,7 +65,7 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const Arguments& a, Share
     for (int pair = 0; pair < pairs; ++pair) {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        const int first = (2 * pair + tile) * kTile, early = tile;  // the part that is free first
+        const int first = (2 * pair + tile) * kTile, early = tile;  // the part that its own warpgroup scores first
         Gather gather;
         gather.start(a.lists, row, first, length, a.kv, a.kv_bytes, thread);
         uint2 mask{0, 0};
@@ -143,6 +143,7 @@ __device__ __forceinline__ void store_weights(char* tile, const float (&d)[32], 
 }
 
 __device__ __forceinline__ void scale_output(float (&o)[128], const float (&by)[2]) {
+  if (__all_sync(~0u, by[0] == 1 && by[1] == 1)) return;  // no new maximum, the usual case after a few tiles
 #pragma unroll
   for (int i = 0; i < 128; ++i) o[i] *= by[i % 4 / 2];
 }
@@ -259,17 +260,17 @@ __device__ void attend(const Arguments& a, Shared& s) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) x.sum[h] = x.sum[h] * by[h] + sum[h];
         scale_output(o, by);
+        cuda::barrier_sync<kWeights0, 256>();
         cuda::wgmma_fence();
+        add_values(o, other_weights, s.kv[0] + 4 * kPanelBytes);  // the even tile first: its refill is needed first
+        cuda::wgmma_commit();
         add_values(o, weights, own + 4 * kPanelBytes);
         cuda::wgmma_commit();
-        cuda::barrier_sync<kWeights0, 256>();
-        add_values(o, other_weights, s.kv[0] + 4 * kPanelBytes);
-        cuda::wgmma_commit();
         cuda::wgmma_wait<1>();
-        arrive_once_a_warp(&s.free[1][1]);
+        arrive_once_a_warp(&s.free[0][1]);
         cuda::wgmma_wait<0>();
         cuda::wgmma_settle(o);
-        arrive_once_a_warp(&s.free[0][1]);
+        arrive_once_a_warp(&s.free[1][1]);
       }
     }
     float inverse[2] = {0, 0}, total[2] = {0, 0};

@@ -15,6 +15,8 @@ namespace {
 
 using test::DeviceArray;
 
+constexpr int64_t kWorkspaceRows = 1024;  // P and dS of so many rows: 1 MB a row of 128 heads
+
 struct Numbers {
   double peer, goal;  // 0: none
 };
@@ -63,6 +65,27 @@ void run_sparse_mla_suite(const Options& options, Report& report) {
     };
     const int repeats = options.quick ? 5 : 11;
     add("forward", cold_milliseconds([&] { launch_sparse_mla_forward_sm90(f); }, repeats), 2 * pairs * c.heads * (576 + 512), c.forward);
+    const DeviceArray<uint16_t> d_o(th * 512), dq(th * 576), dkv(c.keys * 576);
+    const DeviceArray<float> delta(th), p_sel(rows * k), dkv_sum(c.keys * 576), amax(1);
+    test::fill_normal_bf16(d_o.data(), d_o.size(), 3, 1);
+    SparseMlaBackwardParams b;
+    static_cast<SparseMlaParams&>(b) = f;
+    b.d_o = d_o.data(), b.d_o_stride = c.heads * 512;
+    b.lse = lse.data(), b.delta = delta.data();
+    b.dq = dq.data(), b.p_sel = p_sel.data(), b.dkv_sum = dkv_sum.data();
+    const DeviceArray<char> workspace(sparse_mla_workspace_bytes(b, kWorkspaceRows));
+    b.workspace = workspace.data(), b.workspace_bytes = workspace.size();
+    const double delta_ms = cold_milliseconds([&] { launch_sparse_mla_delta_sm90(b, o.data(), delta.data()); }, repeats);
+    dkv_sum.fill_bytes(0);
+    launch_sparse_mla_backward_sm90(b);
+    launch_sparse_mla_finish_sm90(dkv_sum.data(), c.keys, dkv.data(), true, amax.data(), nullptr);
+    b.quantum = sparse_mla_quantum(amax.host()[0]);
+    const double ms = cold_milliseconds([&] { launch_sparse_mla_backward_sm90(b); }, repeats);
+    add("backward", ms, 2 * pairs * c.heads * (3 * 576 + 2 * 512), c.backward);
+    const double finish_ms = cold_milliseconds(
+        [&] { launch_sparse_mla_finish_sm90(dkv_sum.data(), c.keys, dkv.data(), true, amax.data(), nullptr); }, repeats);
+    report.add({std::string(what) + ", delta", delta_ms, 2 * th * 1024.0 / delta_ms * 1e-9, "TB/s", 2 * th * 1024.0 / 3.02e9, 0, 0});
+    report.add({std::string(what) + ", finish", finish_ms, c.keys * 3456.0 / finish_ms * 1e-9, "TB/s", c.keys * 3456.0 / 3.02e9, 0, 0});
   }
 }
 

@@ -1,0 +1,119 @@
+// Backward of sparse attention in latent form on Hopper: row blocks through the two kernels, delta, and the end of the sums.
+#include <cuda_bf16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/cuda/check.h"
+#include "kernels/sparse_mla/sm90_backward.h"
+#include "kernels/sparse_mla/sm90_maps.h"
+
+namespace dsa {
+namespace sparse_mla_sm90 {
+namespace {
+
+// One warp a (query, head): 16 columns a lane.
+__global__ void row_products(const __nv_bfloat16* o, const __nv_bfloat16* d_o, int64_t d_o_stride, int heads, int64_t rows, float* delta) {
+  const int64_t row = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / 32;
+  const int lane = threadIdx.x % 32;
+  if (row >= rows) return;
+  const auto* x = reinterpret_cast<const uint4*>(o + row * 512);
+  const auto* y = reinterpret_cast<const uint4*>(d_o + row / heads * d_o_stride + row % heads * 512);
+  float sum = 0;
+  for (int i = lane; i < 64; i += 32) {
+    const uint4 a = x[i], b = y[i];
+    const auto* u = reinterpret_cast<const __nv_bfloat162*>(&a);
+    const auto* v = reinterpret_cast<const __nv_bfloat162*>(&b);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 p = __bfloat1622float2(u[j]), q = __bfloat1622float2(v[j]);
+      sum = fmaf(p.x, q.x, fmaf(p.y, q.y, sum));
+    }
+  }
+  for (int bit = 16; bit > 0; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
+  if (lane == 0) delta[row] = sum;
+}
+
+// A thread takes 16 columns; see sm90_backward_keys.cu for their order.
+template <bool kBf16>
+__global__ void finish(const float4* sums, int64_t groups, void* dkv, unsigned* amax) {
+  float greatest = 0;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < groups; i += int64_t{blockDim.x} * gridDim.x) {
+    float column[16];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const float4 v = sums[4 * i + q];
+      column[2 * q] = v.x, column[2 * q + 1] = v.y, column[8 + 2 * q] = v.z, column[8 + 2 * q + 1] = v.w;
+      greatest = fmaxf(fmaxf(greatest, fmaxf(fabsf(v.x), fabsf(v.y))), fmaxf(fabsf(v.z), fabsf(v.w)));
+    }
+    if constexpr (kBf16) {
+      alignas(16) __nv_bfloat162 out[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) out[j] = __floats2bfloat162_rn(column[2 * j], column[2 * j + 1]);
+      auto* to = static_cast<uint4*>(dkv) + 2 * i;
+      to[0] = reinterpret_cast<const uint4*>(out)[0];
+      to[1] = reinterpret_cast<const uint4*>(out)[1];
+    } else {
+      auto* to = static_cast<float4*>(dkv) + 4 * i;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[j] = make_float4(column[4 * j], column[4 * j + 1], column[4 * j + 2], column[4 * j + 3]);
+    }
+  }
+  for (int bit = 16; bit > 0; bit /= 2) greatest = fmaxf(greatest, __shfl_xor_sync(~0u, greatest, bit));
+  if (threadIdx.x % 32 == 0) atomicMax(amax, __float_as_uint(greatest));
+}
+
+}  // namespace
+}  // namespace sparse_mla_sm90
+
+size_t sparse_mla_workspace_bytes(const SparseMlaParams& p, int64_t rows) {
+  const int64_t blocks = (p.heads + 63) / 64;
+  return static_cast<size_t>(rows * (p.k / 64) * blocks * sparse_mla_sm90::kWeightBytes);
+}
+
+float sparse_mla_quantum(float amax) { return amax > 0 ? std::ldexp(1.f, static_cast<int>(std::ceil(std::log2(4 * amax))) - 23) : 0; }
+bool sparse_mla_quantum_holds(float amax, float quantum) { return quantum > 0 && amax <= quantum * 0x1p23f; }
+
+void launch_sparse_mla_delta_sm90(const SparseMlaBackwardParams& p, const void* o, float* delta) {
+  const int64_t rows = p.queries * p.heads;
+  if (rows == 0) return;
+  sparse_mla_sm90::row_products<<<static_cast<unsigned>((rows + 7) / 8), 256, 0, p.stream>>>(
+      static_cast<const __nv_bfloat16*>(o), static_cast<const __nv_bfloat16*>(p.d_o), p.d_o_stride, p.heads, rows, delta);
+  cuda::check(cudaGetLastError(), "launch sparse_mla delta");
+}
+
+void launch_sparse_mla_finish_sm90(const float* dkv_sum, int64_t keys, void* dkv, bool bf16, float* amax, cudaStream_t stream) {
+  cuda::check(cudaMemsetAsync(amax, 0, sizeof(float), stream), "clear the greatest magnitude");
+  if (keys == 0) return;
+  const int64_t groups = keys * 36;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>((groups + 255) / 256, 2112));
+  (bf16 ? sparse_mla_sm90::finish<true> : sparse_mla_sm90::finish<false>)<<<blocks, 256, 0, stream>>>(
+      reinterpret_cast<const float4*>(dkv_sum), groups, dkv, reinterpret_cast<unsigned*>(amax));
+  cuda::check(cudaGetLastError(), "launch the end of sparse_mla backward");
+}
+
+void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p) {
+  using namespace sparse_mla_sm90;
+  require_supported(p, "sparse_mla backward");
+  if (p.d_o_stride % 8 || reinterpret_cast<uintptr_t>(p.d_o) % 16 || reinterpret_cast<uintptr_t>(p.dkv_sum) % 16)
+    throw std::runtime_error("cannot run sparse_mla backward for Hopper (d_o or dkv_sum is not 16-byte aligned) choose another implementation");
+  int exponent;
+  if (p.quantum != 0 && std::frexp(p.quantum, &exponent) != 0.5f)
+    throw std::runtime_error("cannot run sparse_mla backward (the quantum is no power of two) take it from sparse_mla_quantum");
+  if (p.queries == 0) return;
+  const auto rows = static_cast<int64_t>(p.workspace_bytes / sparse_mla_workspace_bytes(p, 1));
+  if (rows < 1)
+    throw std::runtime_error("cannot run sparse_mla backward (the workspace of " + std::to_string(p.workspace_bytes) +
+                             " bytes holds no row) give at least sparse_mla_workspace_bytes(p, 1)");
+  const CUtensorMap map_q = map_heads(p.q, p, p.q_stride, 576), map_g = map_heads(p.d_o, p, p.d_o_stride, 512);
+  cuda::check(cudaMemsetAsync(p.p_sel, 0, sizeof(float) * p.queries * p.k, p.stream), "clear p_sel");
+  for (int64_t first = 0; first < p.queries; first += rows) {
+    const Chunk chunk{first, std::min(rows, p.queries - first), static_cast<char*>(p.workspace)};
+    launch_queries(p, map_q, map_g, chunk);
+    launch_keys(p, map_q, map_g, chunk);
+  }
+}
+
+}  // namespace dsa
