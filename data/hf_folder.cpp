@@ -242,7 +242,7 @@ std::string HfFolder::digest() const {
   Digest digest;
   digest.add(config_text_).add(index_text_);
   for (const auto& [file, shard] : shards_)
-    digest.add(file).add(shard->header_digest()).add(static_cast<int64_t>(shard->file_bytes()));
+    digest.add(file).add(shard->header_digest()).add(static_cast<int64_t>(shard->file_bytes())).add(shard->sampled_digest());
   return digest.hex();
 }
 

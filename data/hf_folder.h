@@ -40,7 +40,8 @@ class HfFolder {
   // are expected when this folder is V3.2, and are not when it is V3.1, whatever config.indexer says.
   void check_against(const ModelConfig& config) const;
 
-  // XXH3-128 (hex) of config.json, the index, and each shard's name, header and size.
+  // XXH3-128 (hex) of config.json, the index, and each shard's name, header, size and a sample of
+  // its data.
   std::string digest() const;
 
  private:

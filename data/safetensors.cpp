@@ -2,6 +2,7 @@
 #include "data/safetensors.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "data/digest.h"
 #include "data/error.h"
@@ -116,6 +117,18 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path) {
 const TensorEntry* SafetensorsFile::find(const std::string& name) const {
   const auto it = by_name_.find(name);
   return it == by_name_.end() ? nullptr : &entries_[it->second];
+}
+
+std::string SafetensorsFile::sampled_digest() const {
+  constexpr uint64_t kWindows = 16, kWindow = 4096;
+  const uint64_t data = file_.size() - data_start_, window = std::min(kWindow, data);
+  std::vector<char> bytes(window);
+  Digest digest;
+  for (uint64_t i = 0; i < kWindows; ++i) {
+    file_.read(data_start_ + (data - window) / (kWindows - 1) * i, window, bytes.data());
+    digest.add(bytes.data(), window);
+  }
+  return digest.hex();
 }
 
 void SafetensorsFile::read(const TensorEntry& entry, uint64_t offset, uint64_t bytes, void* out) const {

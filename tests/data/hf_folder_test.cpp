@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "data/float_formats.h"
@@ -223,7 +224,17 @@ TEST_F(BadFolder, DigestNamesTheContent) {
   EXPECT_EQ(before.size(), 32u);
   EXPECT_EQ(before, HfFolder(golden("hf_v31_tiny_fp8")).digest());  // not the path
   edit_index([](json& j) { j["metadata"]["total_size"] = 1; });
-  EXPECT_NE(before, HfFolder(folder()).digest());
+  const std::string edited = HfFolder(folder()).digest();
+  EXPECT_NE(before, edited);
+  // Other weights under the same headers: the last byte of a shard.
+  const fs::path shard = fs::path(folder()) / "model-00001-of-000003.safetensors";
+  std::fstream file(shard, std::ios::in | std::ios::out | std::ios::binary);
+  file.seekg(-1, std::ios::end);
+  const char last = static_cast<char>(file.get());
+  file.seekp(-1, std::ios::end);
+  file.put(static_cast<char>(last ^ 1));
+  file.close();
+  EXPECT_NE(edited, HfFolder(folder()).digest());
 }
 
 }  // namespace
