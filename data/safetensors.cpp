@@ -125,7 +125,7 @@ std::string SafetensorsFile::sampled_digest() const {
   std::vector<char> bytes(window);
   Digest digest;
   for (uint64_t i = 0; i < kWindows; ++i) {
-    file_.read(data_start_ + (data - window) / (kWindows - 1) * i, window, bytes.data());
+    file_.read(data_start_ + (data - window) * i / (kWindows - 1), window, bytes.data());
     digest.add(bytes.data(), window);
   }
   return digest.hex();
