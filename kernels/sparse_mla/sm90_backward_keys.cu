@@ -96,11 +96,14 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
     const int32_t* row = a.lists.indices + t * a.lists.stride;
     int tile = static_cast<int>((group + done) % 2);  // the first that is this warpgroup's
     done += tiles;
+    int next[2] = {a.lists.entry(row, tile * kTile + key_row, length), a.lists.entry(row, tile * kTile + key_row + 8, length)};
     cuda::mbarrier_wait(&s.q_full, item_parity);
     item_parity ^= 1;
     if (tile >= tiles) arrive_once_a_warp(&s.q_free);
     for (; tile < tiles; tile += 2, parity ^= 1) {
-      const int key[2] = {a.lists.entry(row, tile * kTile + key_row, length), a.lists.entry(row, tile * kTile + key_row + 8, length)};
+      const int key[2] = {next[0], next[1]};
+#pragma unroll
+      for (int h = 0; h < 2; ++h) next[h] = a.lists.entry(row, (tile + 2) * kTile + key_row + 8 * h, length);
       float latent[128], rope[16];
       cuda::mbarrier_wait(&s.full[group], parity);
       cuda::wgmma_fence();

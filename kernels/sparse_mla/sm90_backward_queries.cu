@@ -64,11 +64,14 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g,
         cuda::tma_load_3d(s.g + p * kPanelBytes, map_g, &s.g_full, p * 64, head, static_cast<int>(t));
     }
     item_parity ^= 1;
+    Entries next;
+    next.load(row, 0, length, thread);
     for (int tile = 0; tile < tiles; ++tile, parity ^= 1) {
       Gather gather;
-      gather.start(a.lists, row, tile * kTile, length, a.kv, a.kv_bytes, thread);
+      gather.start(a.lists, next, a.kv, a.kv_bytes, thread);
       uint2 mask{0, 0};
-      if (thread < 32) mask = a.lists.mask(row, tile * kTile, length);
+      if (thread < 32) mask = next.mask(a.lists);
+      next.load(row, (tile + 1) * kTile, length, thread);
       const uint32_t to = cuda::shared_address(s.kv);
 #pragma unroll
       for (int i = 0; i < kPanels; ++i) {

@@ -62,14 +62,17 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const Arguments& a, Share
     }
     q_parity ^= 1;
     int good = 0;
+    Entries next;
+    next.load(row, 0, length, thread);
     for (int pair = 0; pair < pairs; ++pair) {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
         const int first = (2 * pair + tile) * kTile, early = tile;  // the part that its own warpgroup scores first
         Gather gather;
-        gather.start(a.lists, row, first, length, a.kv, a.kv_bytes, thread);
+        gather.start(a.lists, next, a.kv, a.kv_bytes, thread);
         uint2 mask{0, 0};
-        if (thread < 32) mask = a.lists.mask(row, first, length);
+        if (thread < 32) mask = next.mask(a.lists);
+        next.load(row, first + kTile, length, thread);
         good += __popc(mask.x) + __popc(mask.y);
         const uint32_t to = cuda::shared_address(s.kv[tile]);
 #pragma unroll
@@ -185,8 +188,8 @@ __device__ void attend(const Arguments& a, Shared& s) {
       cuda::mbarrier_wait(&s.q_full, q_parity);
       q_parity ^= 1;
     }
-    for (int pair = 0; pair < pairs; ++pair, parity ^= 1) {
-      float d[32];
+    float d[32];
+    const auto score = [&] {  // the next own tile; begins the tensor work
       cuda::mbarrier_wait(&s.full[kGroup][kGroup], parity);
       cuda::fence_async_proxy();
       cuda::wgmma_fence();
@@ -198,8 +201,19 @@ __device__ void attend(const Arguments& a, Shared& s) {
       for (int p = 0; p < 4; ++p) score_panel(d, s.q, own, (1 - kGroup) * 4 + p, false);
       score_panel(d, s.q, own, 8, false);
       cuda::wgmma_commit();
+      parity ^= 1;
+    };
+    if (kGroup == 0 && pairs > 0) {
+      score();
       cuda::wgmma_wait<0>();
       cuda::wgmma_settle(d);
+    }
+    for (int pair = 0; pair < pairs; ++pair) {
+      if constexpr (kGroup == 1) {
+        score();
+        cuda::wgmma_wait<0>();
+        cuda::wgmma_settle(d);
+      }
       if (pair + 1 == pairs) arrive_once_a_warp(&s.q_free);
       float greatest[2], sum[2], by[2], after[2];
       mask_and_maximum(d, s.mask[kGroup], a.scale_log2, greatest);
@@ -238,9 +252,17 @@ __device__ void attend(const Arguments& a, Shared& s) {
         cuda::wgmma_fence();
         add_values(o, other_weights, s.kv[1]);
         cuda::wgmma_commit();
-        cuda::wgmma_wait<0>();
+        if (pair + 1 < pairs) {  // the next scores wait in the tensor core's queue
+          score();
+          cuda::wgmma_wait<1>();
+          arrive_once_a_warp(&s.free[1][0]);
+          cuda::wgmma_wait<0>();
+        } else {
+          cuda::wgmma_wait<0>();
+          arrive_once_a_warp(&s.free[1][0]);
+        }
         cuda::wgmma_settle(o);
-        arrive_once_a_warp(&s.free[1][0]);
+        cuda::wgmma_settle(d);
       } else {
         cuda::barrier_sync<kMaximum0, 256>();
 #pragma unroll

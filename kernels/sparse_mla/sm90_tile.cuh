@@ -32,14 +32,34 @@ struct Lists {
   /// Entry i of a row, -1 if it does not count.
   __device__ __forceinline__ int entry(const int32_t* row, int i, int length) const {
     if (i >= length) return -1;
-    const int key = __ldg(row + i);
     const int before = i > 0 ? __ldg(row + i - 1) : -1;
-    return key >= 0 && key < keys && key > before ? key : -1;
+    return counting(__ldg(row + i), before);
   }
-  /// The entries of a tile that count, as bits; by a whole warp.
-  __device__ __forceinline__ uint2 mask(const int32_t* row, int first, int length) const {
-    const int lane = threadIdx.x % 32;
-    return {__ballot_sync(~0u, entry(row, first + lane, length) >= 0), __ballot_sync(~0u, entry(row, first + 32 + lane, length) >= 0)};
+  __device__ __forceinline__ int counting(int key, int before) const { return key >= 0 && key < keys && key > before ? key : -1; }
+};
+
+/// The list entries that a thread of a producing warpgroup needs of a tile, loaded one tile ahead of their use.
+struct Entries {
+  int key[4];               // of rows thread/8 + 16j
+  int own[2], before[2];    // first warp: of rows lane and lane + 32
+
+  __device__ __forceinline__ void load(const int32_t* row, int first, int length, int thread) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int i = first + thread / 8 + 16 * j;
+      key[j] = i < length ? __ldg(row + i) : -1;
+    }
+    if (thread >= 32) return;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int i = first + thread + 32 * j;
+      own[j] = i < length ? __ldg(row + i) : -1;
+      before[j] = i > 0 && i < length ? __ldg(row + i - 1) : -1;
+    }
+  }
+  /// The entries of the tile that count, as bits; by the first warp.
+  __device__ __forceinline__ uint2 mask(const Lists& lists) const {
+    return {__ballot_sync(~0u, lists.counting(own[0], before[0]) >= 0), __ballot_sync(~0u, lists.counting(own[1], before[1]) >= 0)};
   }
 };
 
@@ -49,13 +69,11 @@ struct Gather {
   uint32_t to[4];
   bool read[4];
 
-  __device__ __forceinline__ void start(const Lists& lists, const int32_t* row, int first, int length, const char* kv,
-                                        int64_t kv_bytes, int thread) {
+  __device__ __forceinline__ void start(const Lists& lists, const Entries& entries, const char* kv, int64_t kv_bytes, int thread) {
     const int chunk = thread % 8;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int r = thread / 8 + 16 * j, i = first + r;
-      const int key = i < length ? __ldg(row + i) : -1;
+      const int r = thread / 8 + 16 * j, key = entries.key[j];
       read[j] = key >= 0 && key < lists.keys;
       from[j] = kv + (read[j] ? key * kv_bytes : 0) + chunk * 16;
       to[j] = r * 128 + ((chunk ^ (r & 7)) << 4);
