@@ -71,15 +71,32 @@ __device__ __forceinline__ void arrive_once_a_warp(uint64_t* barrier) {
 
 __device__ __forceinline__ float to_quantum(float x, float magic) { return __fsub_rn(__fadd_rn(x, magic), magic); }
 
-// Adds columns of 16 accumulator blocks of eight; d[4b + 2h + e].
+__device__ __forceinline__ float4 trade(float4 x) {
+  return make_float4(__shfl_xor_sync(~0u, x.x, 4), __shfl_xor_sync(~0u, x.y, 4), __shfl_xor_sync(~0u, x.z, 4), __shfl_xor_sync(~0u, x.w, 4));
+}
+
+__device__ __forceinline__ void add(float* to, float4 x) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+}
+
+// Adds n/4 accumulator groups of eight columns, d[4b + 2h + e], to two keys. Four lanes hold 64 bytes of a key; they trade
+// with the four lanes of the key beside it, so that eight lanes write a whole line of 128 bytes of one key, then of the other.
+// even, odd: this lane's place in the line of each key; null: the entry does not count.
 template <int n>
-__device__ __forceinline__ void add_to_key(float* to, const float (&d)[n], int h, float magic) {
+__device__ __forceinline__ void add_to_keys(float* even, float* odd, const float (&d)[n], int h, float magic) {
+  const bool is_odd = threadIdx.x & 4;
 #pragma unroll
-  for (int i = 0; i < n / 8; ++i)
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + 16 * i),
-                 "f"(to_quantum(d[8 * i + 2 * h], magic)), "f"(to_quantum(d[8 * i + 2 * h + 1], magic)),
-                 "f"(to_quantum(d[8 * i + 4 + 2 * h], magic)), "f"(to_quantum(d[8 * i + 4 + 2 * h + 1], magic))
-                 : "memory");
+  for (int i = 0; i < n / 16; ++i) {
+    float4 x[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int at = 16 * i + 8 * j + 2 * h;
+      x[j] = make_float4(to_quantum(d[at], magic), to_quantum(d[at + 1], magic), to_quantum(d[at + 4], magic), to_quantum(d[at + 5], magic));
+    }
+    const float4 traded = trade(is_odd ? x[0] : x[1]);
+    if (even) add(even + 32 * i, is_odd ? traded : x[0]);
+    if (odd) add(odd + 32 * i, is_odd ? x[1] : traded);
+  }
 }
 
 template <int kBlocks>
@@ -96,14 +113,22 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
     const int32_t* row = a.lists.indices + t * a.lists.stride;
     int tile = static_cast<int>((group + done) % 2);  // the first that is this warpgroup's
     done += tiles;
-    int next[2] = {a.lists.entry(row, tile * kTile + key_row, length), a.lists.entry(row, tile * kTile + key_row + 8, length)};
+    int next[2], next_before[2];  // list entries, loaded one tile ahead
+    const auto load_entries = [&](int of_tile) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int i = of_tile * kTile + key_row + 8 * h;
+        next[h] = i < length ? __ldg(row + i) : -1;
+        next_before[h] = i > 0 && i < length ? __ldg(row + i - 1) : -1;
+      }
+    };
+    load_entries(tile);
     cuda::mbarrier_wait(&s.q_full, item_parity);
     item_parity ^= 1;
     if (tile >= tiles) arrive_once_a_warp(&s.q_free);
     for (; tile < tiles; tile += 2, parity ^= 1) {
-      const int key[2] = {next[0], next[1]};
-#pragma unroll
-      for (int h = 0; h < 2; ++h) next[h] = a.lists.entry(row, (tile + 2) * kTile + key_row + 8 * h, length);
+      const int own[2] = {next[0], next[1]}, before[2] = {next_before[0], next_before[1]};
+      load_entries(tile + 2);
       float latent[128], rope[16];
       cuda::mbarrier_wait(&s.full[group], parity);
       cuda::wgmma_fence();
@@ -123,12 +148,14 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
       arrive_once_a_warp(&s.free[group]);
       if (tile + 2 >= tiles) arrive_once_a_warp(&s.q_free);
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        if (key[h] >= 0) {
-          float* to = a.dkv + int64_t{key[h]} * kDim + 4 * (lane % 4);
-          add_to_key(to + 256 * half, latent, h, a.magic);
-          add_to_key(to + kLatent + 32 * half, rope, h, a.magic);
-        }
+      for (int h = 0; h < 2; ++h) {
+        const int key = a.lists.counting(own[h], before[h]), other = __shfl_xor_sync(~0u, key, 4);
+        const auto line = [&](int of) { return of < 0 ? nullptr : a.dkv + int64_t{of} * kDim + (lane & 4 ? 16 : 0) + 4 * (lane % 4); };
+        float* const even = line(lane & 4 ? other : key);
+        float* const odd = line(lane & 4 ? key : other);
+        add_to_keys(even ? even + 256 * half : nullptr, odd ? odd + 256 * half : nullptr, latent, h, a.magic);
+        add_to_keys(even ? even + kLatent + 32 * half : nullptr, odd ? odd + kLatent + 32 * half : nullptr, rope, h, a.magic);
+      }
     }
   }
 }
