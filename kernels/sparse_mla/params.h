@@ -36,7 +36,7 @@ struct SparseMlaParams {
 };
 
 struct SparseMlaForwardParams : SparseMlaParams {
-  void* o = nullptr;              ///< [T,H,512] contiguous; 0 for rows without a key
+  void* o = nullptr;              ///< [T,H,512] contiguous, 16-byte aligned; 0 for rows without a key
   float* lse = nullptr;           ///< [T,H] contiguous, natural logarithm; -inf for rows without a key
   uint32_t* bad_entries = nullptr;  ///< one counter, grows by the entries before a row's length that do not count; null: none
 };
@@ -47,14 +47,14 @@ struct SparseMlaBackwardParams : SparseMlaParams {
   const float* lse = nullptr;     ///< [T,H] contiguous, of the forward pass
   const float* delta = nullptr;   ///< [T,H] contiguous, see launch_sparse_mla_delta_sm90
 
-  void* dq = nullptr;             ///< [T,H,576] contiguous, bf16
+  void* dq = nullptr;             ///< [T,H,576] contiguous, bf16; 16-byte aligned
   float* p_sel = nullptr;         ///< [T,K] contiguous; 0 where an entry does not count
   float* dkv_sum = nullptr;       ///< [S,576] fp32 that this call adds to, columns in an order of its own; 16-byte aligned
   /// Every contribution to dkv_sum is rounded to a multiple of this power of two, which makes the sums independent of
   /// their order as long as no sum passes 2^23 quanta. 0: no rounding; the bits then depend on the order.
   float quantum = 0;
 
-  void* workspace = nullptr;      ///< of at least sparse_mla_workspace_bytes(p, 1); more rows at once are faster
+  void* workspace = nullptr;      ///< 16-byte aligned; at least sparse_mla_workspace_bytes(p, 1), best for 512 rows and more
   size_t workspace_bytes = 0;
 };
 

@@ -97,8 +97,9 @@ void launch_sparse_mla_finish_sm90(const float* dkv_sum, int64_t keys, void* dkv
 void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p) {
   using namespace sparse_mla_sm90;
   require_supported(p, "sparse_mla backward");
-  if (p.d_o_stride % 8 || reinterpret_cast<uintptr_t>(p.d_o) % 16 || reinterpret_cast<uintptr_t>(p.dkv_sum) % 16)
-    throw std::runtime_error("cannot run sparse_mla backward for Hopper (d_o or dkv_sum is not 16-byte aligned) choose another implementation");
+  if (p.d_o_stride % 8 || reinterpret_cast<uintptr_t>(p.d_o) % 16 || reinterpret_cast<uintptr_t>(p.dkv_sum) % 16 ||
+      reinterpret_cast<uintptr_t>(p.dq) % 16 || reinterpret_cast<uintptr_t>(p.workspace) % 16)
+    throw std::runtime_error("cannot run sparse_mla backward for Hopper (d_o, dkv_sum, dq or the workspace is not 16-byte aligned) choose another implementation");
   int exponent;
   if (p.quantum != 0 && std::frexp(p.quantum, &exponent) != 0.5f)
     throw std::runtime_error("cannot run sparse_mla backward (the quantum is no power of two) take it from sparse_mla_quantum");

@@ -235,7 +235,7 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
       for (int i = 0; i < 4; ++i) cuda::wgmma_settle(dq[i]);
       cuda::wgmma_settle(dq_last);
     }
-    __nv_bfloat16* row = a.dq + (t * a.heads + head) * int64_t{kDim} + 2 * (lane % 4);
+    __nv_bfloat16* row = a.dq + (t * a.heads + head) * int64_t{kDim};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       store_rows(dq[i], row + (kGroup * 5 + i) * 64, row + 8 * kDim + (kGroup * 5 + i) * 64, has[0], has[1], 1, 1);

@@ -315,7 +315,7 @@ __device__ void attend(const Arguments& a, Shared& s) {
       for (int h = 0; h < 2; ++h)
         if (has[h])
           a.lse[t * a.heads + head + 8 * h] = total[h] == 0 ? -INFINITY : (x.maximum[h] + log2f(total[h])) * 0.6931471805599453f;
-    __nv_bfloat16* row = a.o + (t * a.heads + head) * int64_t{kLatent} + kGroup * 256 + 2 * (lane % 4);
+    __nv_bfloat16* row = a.o + (t * a.heads + head) * int64_t{kLatent} + kGroup * 256;
     store_rows(o, row, row + 8 * kLatent, has[0], has[1], inverse[0], inverse[1]);
   }
 }
@@ -373,6 +373,8 @@ bool sm90_supports(const SparseMlaParams& p, const char** why_not) {
 void launch_sparse_mla_forward_sm90(const SparseMlaForwardParams& p) {
   using namespace sparse_mla_sm90;
   require_supported(p, "sparse_mla forward");
+  if (reinterpret_cast<uintptr_t>(p.o) % 16)
+    throw std::runtime_error("cannot run sparse_mla forward for Hopper (o is not 16-byte aligned) choose another implementation");
   if (p.queries == 0) return;
   const int halves = (p.heads + kHeadBlock - 1) / kHeadBlock;
   const Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)},

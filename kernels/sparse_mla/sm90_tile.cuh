@@ -104,15 +104,31 @@ __device__ __forceinline__ void store_pair(char* tile, int row, int column, uint
   *reinterpret_cast<uint32_t*>(tile + row * 128 + (((column >> 3) ^ (row & 7)) << 4) + (column & 7) * 2) = pair;
 }
 
-/// Stores an accumulator block of n/4 groups of eight columns as bf16, two heads a thread (row r and r + 8).
+/// Words w[b] of the four lanes of a quad, transposed: lane q is left with word q of each lane, in order.
+__device__ __forceinline__ uint4 transpose_quad(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  const uint32_t p0 = __shfl_xor_sync(~0u, odd ? w0 : w1, 1), p1 = __shfl_xor_sync(~0u, odd ? w2 : w3, 1);
+  const uint32_t a0 = odd ? p0 : w0, a1 = odd ? w1 : p0, a2 = odd ? p1 : w2, a3 = odd ? w3 : p1;
+  const uint32_t b0 = __shfl_xor_sync(~0u, high ? a0 : a2, 2), b1 = __shfl_xor_sync(~0u, high ? a1 : a3, 2);
+  return high ? make_uint4(b0, b1, a2, a3) : make_uint4(a0, a1, b0, b1);
+}
+
+/// Stores n/4 accumulator groups of eight columns as bf16, rows r and r + 8 of this lane; by whole warps. A quad writes 64
+/// contiguous bytes. row: the first column, 16-byte aligned.
 template <int n>
 __device__ __forceinline__ void store_rows(const float (&d)[n], __nv_bfloat16* row, __nv_bfloat16* row8, bool has, bool has8, float scale,
                                            float scale8) {
 #pragma unroll
-  for (int b = 0; b < n / 4; ++b) {
-    if (has) *reinterpret_cast<uint32_t*>(row + 8 * b) = pack(d[4 * b] * scale, d[4 * b + 1] * scale);
-    if (has8) *reinterpret_cast<uint32_t*>(row8 + 8 * b) = pack(d[4 * b + 2] * scale8, d[4 * b + 3] * scale8);
-  }
+  for (int i = 0; i < n / 16; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float by = h ? scale8 : scale;
+      uint32_t w[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) w[j] = pack(d[16 * i + 4 * j + 2 * h] * by, d[16 * i + 4 * j + 2 * h + 1] * by);
+      const uint4 out = transpose_quad(w[0], w[1], w[2], w[3]);
+      if (h ? has8 : has) *reinterpret_cast<uint4*>((h ? row8 : row) + 32 * i + 8 * (threadIdx.x % 4)) = out;
+    }
 }
 
 }  // namespace dsa::sparse_mla_sm90
