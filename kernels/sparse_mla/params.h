@@ -67,7 +67,7 @@ void launch_sparse_mla_forward_sm90(const SparseMlaForwardParams& p);
 /// delta[t,h] = sum_c o[t,h,c] do[t,h,c], fp32, [T,H] contiguous; o contiguous.
 void launch_sparse_mla_delta_sm90(const SparseMlaBackwardParams& p, const void* o, float* delta);
 
-/// Bytes of workspace for `rows` query rows at a time.
+/// Bytes of workspace for `rows` query rows at a time, twice: one half is summed while the other is filled.
 size_t sparse_mla_workspace_bytes(const SparseMlaParams& p, int64_t rows);
 
 /// Enqueues the backward kernels: dq, p_sel, and the sums added to dkv_sum. Throws like the forward launch.

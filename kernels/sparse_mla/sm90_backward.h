@@ -15,9 +15,12 @@ constexpr int64_t kWeightBytes = 2 * 64 * 128;  // P, then dS
 struct Chunk {
   int64_t first_row, rows;
   char* weights;  // [rows][K / 64][head blocks][kWeightBytes]
+  int multiprocessors;
 };
 
-void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk);
-void launch_keys(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk);
+void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk,
+                    CUstream_st* stream);
+void launch_keys(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk,
+                 CUstream_st* stream);
 
 }  // namespace dsa::sparse_mla_sm90

@@ -33,8 +33,6 @@ struct Arguments {
   float magic;  // 1.5 * 2^23 quanta: adding it rounds to a quantum
 };
 
-__device__ __forceinline__ int tiles_of(int length) { return (length + kTile - 1) / kTile; }
-
 template <int kBlocks>
 __device__ void load_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, const Arguments& a, Shared<kBlocks>& s) {
   using S = Shared<kBlocks>;
@@ -62,11 +60,6 @@ __device__ void load_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, c
       cuda::bulk_load(s.weights[stage], from + int64_t{tile} * S::kStage, S::kStage, &s.full[stage]);
     }
   }
-}
-
-__device__ __forceinline__ void arrive_once_a_warp(uint64_t* barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) cuda::mbarrier_arrive(barrier);
 }
 
 __device__ __forceinline__ float to_quantum(float x, float magic) { return __fsub_rn(__fadd_rn(x, magic), magic); }
@@ -187,22 +180,23 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <int kBlocks>
-void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments& a, cudaStream_t stream) {
+void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments& a, int multiprocessors, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<kBlocks>);
   cuda::check(cudaFuncSetAttribute(backward_keys<kBlocks>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
               "reserve shared memory for sparse_mla backward");
-  const int64_t items = 2 * a.rows, most = cuda::multiprocessors();
+  const int64_t items = 2 * a.rows, most = multiprocessors;
   backward_keys<kBlocks><<<static_cast<int>(items < most ? items : most), kThreads, kBytes, stream>>>(map_q, map_g, a);
   cuda::check(cudaGetLastError(), "launch the key sums of sparse_mla backward");
 }
 
 }  // namespace
 
-void launch_keys(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk) {
+void launch_keys(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk,
+                 cudaStream_t stream) {
   const Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)},
                     chunk.first_row, chunk.rows, chunk.weights, p.dkv_sum, p.quantum * 0x1.8p23f};
-  if (p.heads <= kHeadBlock) launch<1>(map_q, map_g, a, p.stream);
-  else launch<2>(map_q, map_g, a, p.stream);
+  if (p.heads <= kHeadBlock) launch<1>(map_q, map_g, a, chunk.multiprocessors, stream);
+  else launch<2>(map_q, map_g, a, chunk.multiprocessors, stream);
 }
 
 }  // namespace dsa::sparse_mla_sm90

@@ -43,8 +43,6 @@ enum Named { kSwapped = 1, kTaken, kWritten };
 // The order in which panels become free, and are filled and read again.
 __device__ constexpr int panel_at(int i) { return i == 8 ? 4 : i % 2 ? 5 + i / 2 : i / 2; }
 
-__device__ __forceinline__ int tiles_of(int length) { return (length + kTile - 1) / kTile; }
-
 __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, const Arguments& a, Shared& s) {
   const int thread = threadIdx.x - 256;
   uint32_t parity = 0, item_parity = 0;
@@ -84,11 +82,6 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g,
       }
     }
   }
-}
-
-__device__ __forceinline__ void arrive_once_a_warp(uint64_t* barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) cuda::mbarrier_arrive(barrier);
 }
 
 // Sums 8 columns over the eight lanes that share them; lane 4i + q is left with column i of quad place q.
@@ -275,7 +268,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk) {
+void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk,
+                    cudaStream_t stream) {
   const int blocks = (p.heads + kHeadBlock - 1) / kHeadBlock;
   const Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)},
                     chunk.first_row, chunk.rows, p.heads, blocks, static_cast<const char*>(p.kv), p.kv_stride * 2,
@@ -283,8 +277,8 @@ void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, 
                     static_cast<__nv_bfloat16*>(p.dq), p.p_sel};
   cuda::check(cudaFuncSetAttribute(backward_queries, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)),
               "reserve shared memory for sparse_mla backward");
-  const int64_t items = chunk.rows * blocks, most = cuda::multiprocessors();
-  backward_queries<<<static_cast<int>(items < most ? items : most), kThreads, sizeof(Shared), p.stream>>>(map_q, map_g, a);
+  const int64_t items = chunk.rows * blocks, most = chunk.multiprocessors;
+  backward_queries<<<static_cast<int>(items < most ? items : most), kThreads, sizeof(Shared), stream>>>(map_q, map_g, a);
   cuda::check(cudaGetLastError(), "launch sparse_mla backward");
 }
 

@@ -163,11 +163,6 @@ __device__ __forceinline__ void add_values(float (&o)[128], const char* weights,
   for (int i = 0; i < 4; ++i) cuda::wgmma_bf16_n256<false, true>(o, a + 2 * i, b + 128 * i);
 }
 
-__device__ __forceinline__ void arrive_once_a_warp(uint64_t* barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) cuda::mbarrier_arrive(barrier);
-}
-
 template <int kGroup>
 __device__ void attend(const Arguments& a, Shared& s) {
   const int lane = threadIdx.x % 32, head_row = threadIdx.x / 32 % 4 * 16 + lane / 4;

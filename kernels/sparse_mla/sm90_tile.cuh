@@ -29,12 +29,7 @@ struct Lists {
   int k, keys;
 
   __device__ __forceinline__ int length(int64_t t) const { return lengths ? min(max(__ldg(lengths + t), 0), k) : k; }
-  /// Entry i of a row, -1 if it does not count.
-  __device__ __forceinline__ int entry(const int32_t* row, int i, int length) const {
-    if (i >= length) return -1;
-    const int before = i > 0 ? __ldg(row + i - 1) : -1;
-    return counting(__ldg(row + i), before);
-  }
+  /// The key if it counts after the entry before it, else -1.
   __device__ __forceinline__ int counting(int key, int before) const { return key >= 0 && key < keys && key > before ? key : -1; }
 };
 
@@ -84,6 +79,13 @@ struct Gather {
     for (int j = 0; j < 4; ++j) cuda::copy16_or_zero(tile + panel * kPanelBytes + to[j], from[j] + panel * 128, read[j]);
   }
 };
+
+__device__ __forceinline__ int tiles_of(int length) { return (length + kTile - 1) / kTile; }
+
+__device__ __forceinline__ void arrive_once_a_warp(uint64_t* barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) cuda::mbarrier_arrive(barrier);
+}
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
