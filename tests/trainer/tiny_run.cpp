@@ -11,9 +11,9 @@
 
 namespace dsa::test {
 
-Scratch::Scratch(Communicator& world) : owner_(world.rank() == 0) {
+Scratch::Scratch(Communicator& world) : world_(world) {
   std::string mine;
-  if (owner_) {
+  if (world.rank() == 0) {
     std::string pattern = (std::filesystem::temp_directory_path() / "dsatrain-test-XXXXXX").string();
     mine = mkdtemp(pattern.data());
   }
@@ -21,7 +21,8 @@ Scratch::Scratch(Communicator& world) : owner_(world.rank() == 0) {
 }
 
 Scratch::~Scratch() {
-  if (owner_) std::filesystem::remove_all(path_);
+  world_.barrier();  // nobody reads in it any more
+  if (world_.rank() == 0) std::filesystem::remove_all(path_);
 }
 
 void write_inputs(const Scratch& scratch) {

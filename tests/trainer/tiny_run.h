@@ -12,7 +12,7 @@ namespace dsa::test {
 
 constexpr int64_t kSequence = 64, kTopK = 16;
 
-// A fresh folder, the same on all ranks of `world`; removed when the object of rank 0 goes.
+// A fresh folder, the same on all ranks of `world`; removed when the objects of all ranks go.
 class Scratch {
  public:
   explicit Scratch(Communicator& world);
@@ -21,7 +21,7 @@ class Scratch {
 
  private:
   std::string path_;
-  bool owner_;
+  Communicator& world_;
 };
 
 // tokens.h5 (documents of 5 to 90 tokens, vocabulary 512) and config.json (golden hf_v31_tiny with one MTP layer).
