@@ -9,4 +9,4 @@ if [ "${1:-}" = --oracle ]; then setup=(--oracle); shift; fi
 tools/setup.sh "${setup[@]}"
 tools/build.sh
 # A test whose tools are not installed, or whose machine has no GPU, shows as Skipped.
-ctest --test-dir "${BUILD:-build}" --output-on-failure -j 2 "$@"
+ctest --test-dir "${BUILD:-build}" --output-on-failure -j "$(nproc)" "$@"
