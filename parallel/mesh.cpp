@@ -54,14 +54,14 @@ void MpiSession::abort(int exit_code) {
   std::_Exit(exit_code);
 }
 
-Mesh::Mesh() : layout_(Degrees{}), rank_(0) {
+Mesh::Mesh(at::Device device) : layout_(Degrees{}), rank_(0), device_(device) {
   for (int axis = 0; axis < kAxisCount; ++axis)
     groups_[axis] = std::make_unique<LocalCommunicator>(name_of(static_cast<Axis>(axis)));
 }
 
-Mesh Mesh::single() { return Mesh(); }
+Mesh Mesh::single(at::Device device) { return Mesh(device); }
 
-Mesh::Mesh(Degrees degrees, bool check_calls) : layout_(degrees), rank_(0) {
+Mesh::Mesh(Degrees degrees, bool check_calls, at::Device device) : layout_(degrees), rank_(0), device_(device) {
   int size = 1;
   if (mpi_runs()) {
     MPI_Comm_rank(MPI_COMM_WORLD, &rank_);

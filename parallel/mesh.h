@@ -36,10 +36,10 @@ class Mesh {
  public:
   /// Collective over all ranks of MPI_COMM_WORLD. MPI may be missing when the degrees describe one rank.
   /// `check_calls`: see MpiCommunicator. Throws std::invalid_argument for illegal degrees, and when their product
-  /// is not the number of ranks that mpirun started.
-  explicit Mesh(Degrees degrees, bool check_calls = false);
+  /// is not the number of ranks that mpirun started. `device`: where this rank computes (parallel/device.h).
+  explicit Mesh(Degrees degrees, bool check_calls = false, at::Device device = at::kCPU);
   /// One process by itself, whether or not MPI runs.
-  static Mesh single();
+  static Mesh single(at::Device device = at::kCPU);
 
   Mesh(Mesh&&) = default;
   Mesh& operator=(Mesh&&) = default;
@@ -48,6 +48,7 @@ class Mesh {
   const Coordinates& coordinates() const { return coordinates_; }
   int rank() const { return rank_; }
   int world_size() const { return layout_.world(); }
+  at::Device device() const { return device_; }
 
   /// The group of this rank along `axis`. The reference lives as long as the mesh, also when the mesh is moved.
   Communicator& along(Axis axis) const { return *groups_[static_cast<size_t>(axis)]; }
@@ -56,10 +57,11 @@ class Mesh {
   std::string label() const;
 
  private:
-  Mesh();
+  explicit Mesh(at::Device device);
 
   ParallelLayout layout_;
   int rank_;
+  at::Device device_;
   Coordinates coordinates_;
   std::array<std::unique_ptr<Communicator>, kAxisCount> groups_;
 };

@@ -55,6 +55,7 @@ void visit_fields(AnyRecipe& r, Visitor&& visit) {
   visit("compute.recompute", r.compute.recompute);
   visit("compute.query_block", r.compute.query_block);
   visit("compute.threads", r.compute.threads);
+  visit("compute.device", r.compute.device);
   visit("checkpoint.every", r.checkpoint.every);
   visit("checkpoint.keep", r.checkpoint.keep);
   visit("run.folder", r.run.folder);
@@ -145,6 +146,8 @@ static_assert(static_cast<int>(StageKind::SPARSE) == proto::Recipe::SPARSE);
 static_assert(static_cast<int>(StageKind::WARMUP) == proto::Recipe::WARMUP);
 static_assert(static_cast<int>(Precision::BF16) == proto::Compute::BF16);
 static_assert(static_cast<int>(Precision::FP64) == proto::Compute::FP64);
+static_assert(static_cast<int>(DeviceKind::CPU) == proto::Compute::CPU);
+static_assert(static_cast<int>(DeviceKind::GPU) == proto::Compute::GPU);
 static_assert(static_cast<int>(Recompute::LAYER) == proto::Compute::LAYER);
 static_assert(static_cast<int>(MtpHidden::PRE_NORM) == proto::Loss::PRE_NORM);
 static_assert(static_cast<int>(Decay::COSINE) == proto::Schedule::COSINE);

@@ -14,6 +14,7 @@ namespace dsa {
 // SPARSE: attention over the indexer's top-k, all parameters learn.
 enum class StageKind { PRETRAIN, WARMUP, SPARSE };
 enum class Precision { FP32, BF16, FP64 };
+enum class DeviceKind { AUTO, CPU, GPU };
 enum class Recompute { NONE, LAYER };
 enum class MtpHidden { POST_NORM, PRE_NORM };
 enum class Decay { CONSTANT, COSINE, LINEAR };
@@ -93,6 +94,7 @@ struct Recipe {
     Recompute recompute = Recompute::LAYER;
     int64_t query_block = 256;  // query rows of one score tile
     int threads = 0;            // per rank; 0 = all that the rank may use
+    DeviceKind device = DeviceKind::AUTO;
   } compute;
 
   struct Checkpoint {

@@ -22,4 +22,10 @@ inline int launched_size() {
   return launch_variable(by_srun ? launch_variable(1, "SLURM_STEP_NUM_TASKS") : 1, "OMPI_COMM_WORLD_SIZE");
 }
 
+// Its number among the ranks of this machine, and how many they are.
+inline int launched_local_rank() { return launch_variable(0, "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"); }
+inline int launched_local_size() {
+  return launch_variable(launched_local_rank() + 1, "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE");
+}
+
 }  // namespace dsa

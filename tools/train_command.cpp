@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "parallel/device.h"
 #include "parallel/mesh.h"
 #include "recipes/validate.h"
 #include "tools/commands.h"
@@ -24,8 +25,12 @@ int threads_of_rank(int wanted) {
   cpu_set_t visible;
   CPU_ZERO(&visible);
   sched_getaffinity(0, sizeof visible, &visible);
-  const char* local = std::getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
-  return std::max(CPU_COUNT(&visible) / (local ? std::max(std::atoi(local), 1) : 1), 1);
+  return std::max(CPU_COUNT(&visible) / std::max(launched_local_size(), 1), 1);
+}
+
+at::Device device_of_rank(DeviceKind wanted) {
+  if (wanted == DeviceKind::AUTO) wanted = visible_gpus() > 0 ? DeviceKind::GPU : DeviceKind::CPU;
+  return wanted == DeviceKind::CPU ? at::Device(at::kCPU) : open_gpu(launched_local_rank(), launched_local_size());
 }
 
 int run_train(const std::string& path, const std::vector<std::string>& sets, int* argc, char*** argv) {
@@ -46,7 +51,7 @@ int run_train(const std::string& path, const std::vector<std::string>& sets, int
     degrees.context = static_cast<int>(r.parallel.context);
     degrees.expert = static_cast<int>(r.parallel.expert);
     degrees.data = mpi.size() / (degrees.tensor * degrees.context);
-    Mesh mesh(degrees);
+    Mesh mesh(degrees, /*check_calls=*/false, device_of_rank(r.compute.device));
     Trainer(*recipe, mesh).run();
     return 0;
   });

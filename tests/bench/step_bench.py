@@ -57,7 +57,7 @@ data {{ tokens: "{folder}/tokens.idx" sequence_length: {sequence} }}
 batch {{ sequences: {sequences} micro_sequences: {micro} }}
 optimizer {{ lr: 1e-3 }}
 schedule {{ steps: {steps} }}
-compute {{ precision: FP32 recompute: NONE threads: {threads} }}
+compute {{ device: CPU precision: FP32 recompute: NONE threads: {threads} }}
 run {{ folder: "{folder}/{name}" }}
 {extra}
 """

@@ -9,7 +9,9 @@
 namespace dsa {
 namespace {
 
-at::Tensor leaf(at::IntArrayRef shape, at::ScalarType dtype) { return at::empty(shape, at::TensorOptions().dtype(dtype)); }
+at::Tensor leaf(at::IntArrayRef shape, at::ScalarType dtype, const Mesh& mesh) {
+  return at::empty(shape, at::TensorOptions().dtype(dtype).device(mesh.device()));
+}
 
 std::string numbered(const std::string& pattern, int64_t number) {
   const size_t at = pattern.find('%');
@@ -30,7 +32,7 @@ int64_t even_share(const std::string& what, int64_t n, int64_t parts, const char
 at::ScalarType ModelBuilder::statistics_dtype() const { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
 at::Tensor ModelBuilder::matrix(const std::string& name, int64_t out, int64_t in, ParameterGroup group) const {
-  at::Tensor value = leaf({out, in}, dtype);
+  at::Tensor value = leaf({out, in}, dtype, mesh);
   list.parameters.push_back({value, {{name, {out, in}, {0, 0}, {out, in}, Split::NONE}}, group, true, false});
   return value;
 }
@@ -40,7 +42,7 @@ at::Tensor ModelBuilder::tensor_split_matrix(const std::string& name, int64_t ou
   ShardSpec shard{name, {out, in}, {0, 0}, {out, in}, Split::TENSOR};
   shard.extent[dim] = even_share(name, shard.global_shape[dim], parts, "tensor");
   shard.offset[dim] = index * shard.extent[dim];
-  at::Tensor value = leaf(shard.extent, dtype);
+  at::Tensor value = leaf(shard.extent, dtype, mesh);
   list.parameters.push_back({value, {shard}, ParameterGroup::BACKBONE, true, false});
   return value;
 }
@@ -49,7 +51,7 @@ at::Tensor ModelBuilder::expert_matrices(const std::string& name, int64_t out, i
   const int64_t ranks = mesh.layout().degrees().expert;
   const int64_t local = even_share("the experts of " + name, config.n_routed_experts, ranks, "expert");
   const int64_t first = mesh.coordinates().expert * local;
-  Parameter p{leaf({local, out, in}, dtype), {}, ParameterGroup::BACKBONE, true, true};
+  Parameter p{leaf({local, out, in}, dtype, mesh), {}, ParameterGroup::BACKBONE, true, true};
   for (int64_t e = 0; e < local; ++e)
     p.shards.push_back({numbered(name, first + e), {out, in}, {0, 0}, {out, in}, Split::EXPERT});
   at::Tensor value = p.value;
@@ -58,13 +60,13 @@ at::Tensor ModelBuilder::expert_matrices(const std::string& name, int64_t out, i
 }
 
 at::Tensor ModelBuilder::vector(const std::string& name, int64_t n, ParameterGroup group) const {
-  at::Tensor value = leaf({n}, statistics_dtype());
+  at::Tensor value = leaf({n}, statistics_dtype(), mesh);
   list.parameters.push_back({value, {{name, {n}, {0}, {n}, Split::NONE}}, group, false, false});
   return value;
 }
 
 at::Tensor ModelBuilder::buffer(const std::string& name, int64_t n) const {
-  at::Tensor value = at::zeros({n}, at::TensorOptions().dtype(statistics_dtype()));
+  at::Tensor value = at::zeros({n}, at::TensorOptions().dtype(statistics_dtype()).device(mesh.device()));
   list.buffers.push_back({name, value});
   return value;
 }

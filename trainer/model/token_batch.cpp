@@ -30,6 +30,15 @@ int64_t padded_length(int64_t length, const Degrees& degrees) {
 
 }  // namespace
 
+// Built on the host, used on the device.
+void TokenBatch::move_to(at::Device device) {
+  for (at::Tensor* t : {&start_T, &end_T, &start_N, &end_N, &stream_row_T, &stream_row_N, &to_stream_S, &real_N,
+                        &rope_T.cos_TR2, &rope_T.sin_TR2, &rope_N.cos_TR2, &rope_N.sin_TR2})
+    if (t->defined()) *t = t->to(device);
+  for (auto* list : {&inputs_T, &targets_T})
+    for (at::Tensor& t : *list) t = t.to(device);
+}
+
 at::Tensor TokenBatch::stream(const at::Tensor& gathered) const {
   return to_stream_S.defined() ? gathered.index_select(0, to_stream_S) : gathered;
 }
@@ -92,6 +101,7 @@ TokenBatch make_batch(const std::vector<Sample>& samples, const ModelConfig& con
                             r.yarn, config.qk_rope_head_dim};
   b.rope_T = rope_table(int64_tensor(position), rope, dtype);
   b.rope_N = {b.rope_T.cos_TR2.narrow(0, own.offset, own.extent), b.rope_T.sin_TR2.narrow(0, own.offset, own.extent)};
+  b.move_to(mesh.device());
   return b;
 }
 

@@ -38,6 +38,8 @@ struct TokenBatch {
   // The rows [first, first+count) of T that this rank owns as N.
   int64_t owned_first = 0;
 
+  void move_to(at::Device device);
+
   // Rows gathered over SEQUENCE, put into stream order.
   at::Tensor stream(const at::Tensor& gathered) const;
 };

@@ -44,7 +44,7 @@ RECIPES = {
     "base": """
         data { tokens: "tokens.h5" sequence_length: 64 held_out: 4 }
         batch { sequences: 8 micro_sequences: 2 }
-        compute { precision: FP32 recompute: NONE query_block: 32 }
+        compute { device: CPU precision: FP32 recompute: NONE query_block: 32 }
         checkpoint { every: 10 }""",
     "pretrain": """extends: "base.textproto"
         stage: PRETRAIN

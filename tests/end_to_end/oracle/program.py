@@ -70,7 +70,7 @@ batch {{ sequences: 2 }}
 optimizer {{ lr: 1e-2 eps: 1e-8 }}
 schedule {{ steps: {steps} }}
 loss {{ {"router_bias_speed: 0.05" if stage == "PRETRAIN" else ""} }}
-compute {{ precision: FP32 recompute: NONE query_block: 16 }}
+compute {{ device: CPU precision: FP32 recompute: NONE query_block: 16 }}
 run {{ folder: "{folder}/{name}" }}
 """
     path = f"{folder}/{name}.textproto"
