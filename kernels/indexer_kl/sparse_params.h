@@ -1,0 +1,70 @@
+// What the device kernels need to know for the indexer's loss over selected keys and its gradients; no LibTorch, no CUDA header.
+//
+//   I[t,i] = sum_j w[t,j] max(0, q[t,j] . k[idx[t,i]])          pi[t] = softmax(I[t])
+//   kl[t] = sum_i p (log p - log pi)                            0 log 0 = 0
+//   dI = row_weight[t] loss_scale (pi - p)                      0 for rows with one key or none
+//   m[t,j,i] = dI 1[q[t,j] . k[idx[t,i]] > 0]
+//   dq[t,j] = w[t,j] sum_i m k[idx[t,i]]    dw[t,j] = q[t,j] . sum_i m k[idx[t,i]]    dk[idx[t,i]] += sum_j m w[t,j] q[t,j]
+//
+// Letters: T query rows, S keys, J heads, K list entries. q, k are bf16; the scores are computed again from them in bf16
+// products and fp32 sums, whatever selected the keys: with FP8 scores in the selection, the loss is that of the bf16 scores and
+// the quantiser passes the gradient straight through. m and m w are rounded to bf16 once. An entry i of a list counts when
+// i < lengths[t], 0 <= idx < S and idx is greater than the entry before it; p of the others is not used.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace dsa {
+
+struct IndexerKlSparseParams {
+  int64_t queries = 0;  ///< T
+  int64_t keys = 0;     ///< S, at most 2^30
+  int heads = 0;        ///< J, 1 to 64; a multiprocessor works for 64
+  int dim = 128;        ///< D, 128
+  int k = 0;            ///< K, a multiple of 64, at most 4096
+
+  const void* q = nullptr;       ///< [T,J,128] bf16, heads contiguous; rows 16-byte aligned
+  int64_t q_stride = 0;          ///< elements from query to query
+  const void* key = nullptr;     ///< k [S,128] bf16
+  int64_t k_stride = 0;          ///< elements from key to key
+  const float* w = nullptr;      ///< [T,J], all constant factors of the scores included
+  int64_t w_stride = 0;          ///< elements from query to query
+  const int32_t* indices = nullptr;  ///< [T,K], ascending, anything after a row's length
+  int64_t indices_stride = 0;        ///< elements from row to row
+  const int32_t* lengths = nullptr;  ///< [T]; null: K. Clamped to [0, K]
+  const float* p_sel = nullptr;      ///< p [T,K], sums to 1 over the entries that count
+  int64_t p_stride = 0;              ///< elements from row to row
+
+  float loss_scale = 1;
+  const float* row_weight = nullptr;  ///< [T]; null: 1
+
+  float* kl = nullptr;                  ///< [T] nats, without weight and scale; null: not wanted
+  float* entropy_target = nullptr;      ///< [T] -sum p log p; null: not wanted
+  float* entropy_prediction = nullptr;  ///< [T] entropy of pi; null: not wanted
+  void* dq = nullptr;      ///< [T,J,128] contiguous, bf16 or fp32; 16-byte aligned
+  bool dq_bf16 = true;
+  float* dw = nullptr;     ///< [T,J] contiguous
+  float* dk_sum = nullptr; ///< [S,128] fp32 that this call adds to, columns in an order of its own; 16-byte aligned
+  /// Every contribution to dk_sum is rounded to a multiple of this power of two, which makes the sums independent of their
+  /// order as long as no sum passes 2^23 quanta (sparse_mla_quantum). 0: no rounding; the bits then depend on the order.
+  float quantum = 0;
+
+  CUstream_st* stream = nullptr;
+};
+
+/// Whether the Hopper kernel takes this input on the current device; otherwise *why_not says what is missing.
+bool sm90_supports(const IndexerKlSparseParams& p, const char** why_not);
+
+/// Enqueues the kernel. Throws std::runtime_error when sm90_supports refuses or CUDA reports an error.
+/// kl, the entropies, dq and dw have the same bits on every run, dk_sum too unless the quantum is 0 or too small.
+void launch_indexer_kl_sparse_sm90(const IndexerKlSparseParams& p);
+
+/// Writes dk [S,128] contiguous, bf16 or fp32, from finished sums, and the greatest magnitude in dk_sum to amax (one fp32 on
+/// the device). The sums are repeatable if sparse_mla_quantum_holds(amax, quantum); otherwise do the pass again with
+/// sparse_mla_quantum(amax).
+void launch_indexer_kl_sparse_finish_sm90(const float* dk_sum, int64_t keys, void* dk, bool bf16, float* amax, CUstream_st* stream);
+
+}  // namespace dsa
