@@ -32,7 +32,7 @@ void must_count(const std::string& group, const char* call, const std::vector<in
 
 }  // namespace
 
-Communicator::Communicator(std::string name, int rank, int size, std::optional<c10::DeviceType> device)
+Communicator::Communicator(std::string name, int rank, int size, std::optional<c10::Device> device)
     : name_(std::move(name)), rank_(rank), size_(size), device_(device) {}
 
 at::Tensor Communicator::checked(const at::Tensor& x, const char* call) const {
@@ -40,9 +40,9 @@ at::Tensor Communicator::checked(const at::Tensor& x, const char* call) const {
   if (x.requires_grad() && at::GradMode::is_enabled())
     refuse(name_, call, "the tensor requires grad and its gradient would be lost",
            "use the differentiable collective, detach() or NoGradGuard");
-  if (device_ && x.device().type() != *device_)
-    refuse(name_, call, "the tensor lies on " + x.device().str(), "this group moves tensors of " +
-           c10::DeviceTypeName(*device_, true) + " only");
+  if (device_ && !x.is_cpu() && x.device() != *device_)
+    refuse(name_, call, "the tensor lies on " + x.device().str(),
+           "this group moves tensors of the " + (device_->is_cpu() ? "host only" : "host and of " + device_->str()));
   at::NoGradGuard no_grad;
   return x.detach().contiguous();
 }
@@ -71,7 +71,7 @@ std::vector<at::Tensor> Communicator::all_gather_ragged(const at::Tensor& x) {
   must_have_rows(name_, "all_gather_ragged", input);
   at::Tensor mine = at::empty({1}, at::TensorOptions(at::kLong));
   mine.data_ptr<int64_t>()[0] = input.size(0);
-  const at::Tensor gathered = do_all_gather_v(mine.to(input.device()), std::vector<int64_t>(size_, 1)).cpu();
+  const at::Tensor gathered = do_all_gather_v(mine, std::vector<int64_t>(size_, 1));  // over the host
   const std::vector<int64_t> counts(gathered.data_ptr<int64_t>(), gathered.data_ptr<int64_t>() + size_);
   return do_all_gather_v(input, counts).split_with_sizes(counts);
 }
@@ -125,10 +125,8 @@ std::vector<std::string> Communicator::all_gather_text(const std::string& text) 
   at::Tensor bytes = at::empty({static_cast<int64_t>(text.size())}, at::TensorOptions(at::kByte));
   std::memcpy(bytes.data_ptr(), text.data(), text.size());
   std::vector<std::string> texts;
-  for (const at::Tensor& gathered : all_gather_ragged(bytes.to(device_.value_or(at::kCPU)))) {
-    const at::Tensor host = gathered.cpu();
-    texts.emplace_back(static_cast<const char*>(host.data_ptr()), host.numel());
-  }
+  for (const at::Tensor& gathered : all_gather_ragged(bytes))
+    texts.emplace_back(static_cast<const char*>(gathered.data_ptr()), gathered.numel());
   return texts;
 }
 

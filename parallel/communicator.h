@@ -7,6 +7,7 @@
 //  * Results are fresh tensors, contiguous, never aliases of an argument (also in a group of one).
 //  * Sums add the pieces of rank 0, 1, 2, ... in this order; bf16 and fp16 are added in fp32 and rounded once,
 //    integers wrap in their own dtype. So a result never depends on timing and is the same on all ranks bit by bit.
+//  * Host tensors are legal in every group, whatever it computes on.
 //  * No autograd here: an argument that requires grad while grad mode is on is refused, because its gradient would
 //    be lost silently. Use parallel/collectives.h, detach(), or at::NoGradGuard.
 #pragma once
@@ -33,7 +34,8 @@ class Communicator {
   const std::string& name() const { return name_; }  ///< for messages, e.g. "tensor"
 
   // Each throws std::invalid_argument when the arguments contradict themselves on this rank, and
-  // std::runtime_error when ranks disagree (as far as the implementation notices) or the transport fails.
+  // std::runtime_error when ranks disagree (as far as the implementation notices); CommunicationFailure when the
+  // transport fails or a rank does not come.
 
   /// x [n, ...] (n equal on all ranks) -> [size*n, ...], rank 0's rows first.
   at::Tensor all_gather(const at::Tensor& x);
@@ -56,8 +58,8 @@ class Communicator {
   std::vector<std::string> all_gather_text(const std::string& text);
 
  protected:
-  /// `device`: where tensors have to lie; nothing = anywhere.
-  Communicator(std::string name, int rank, int size, std::optional<c10::DeviceType> device);
+  /// `device`: where tensors may lie besides the host; nothing = anywhere.
+  Communicator(std::string name, int rank, int size, std::optional<c10::Device> device);
 
   // Arguments are contiguous, consistent, detached, on the right device; grad mode is off.
   virtual at::Tensor do_all_gather_v(const at::Tensor& x, const std::vector<int64_t>& counts) = 0;
@@ -74,7 +76,7 @@ class Communicator {
   std::string name_;
   int rank_;
   int size_;
-  std::optional<c10::DeviceType> device_;
+  std::optional<c10::Device> device_;
 };
 
 }  // namespace dsa

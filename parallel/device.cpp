@@ -8,6 +8,10 @@
 #include <stdexcept>
 #include <type_traits>
 
+#ifdef DSA_HAVE_NCCL
+#include "parallel/nccl_api.h"
+#endif
+
 namespace dsa {
 namespace {
 
@@ -109,6 +113,17 @@ std::string describe_gpu(at::Device device) {
   char size[32];
   std::snprintf(size, sizeof size, "%.1f GiB", static_cast<double>(bytes) / (1 << 30));
   return std::string(name) + ", " + size + ", driver for CUDA " + cuda_version(driver_version());
+}
+
+std::string nccl_version() {
+#ifdef DSA_HAVE_NCCL
+  int version = 0;
+  nccl_api().get_version(&version);  // 22809 is 2.28.9
+  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." + std::to_string(version % 100);
+#else
+  throw std::invalid_argument("cannot connect GPUs (this dsatrain was built without NCCL) build it where nccl.h is "
+                              "found, or run one rank");
+#endif
 }
 
 }  // namespace dsa

@@ -21,4 +21,8 @@ at::Device open_gpu(int local_rank, int local_size);
 /// "NVIDIA H100 80GB HBM3, 79.2 GiB, driver for CUDA 13.0" of an opened device.
 std::string describe_gpu(at::Device device);
 
+/// "2.28.9", of the NCCL that connects the GPUs of several ranks. Throws std::invalid_argument when it does not load or
+/// this program was built without it.
+std::string nccl_version();
+
 }  // namespace dsa

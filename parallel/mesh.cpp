@@ -7,6 +7,9 @@
 
 #include "parallel/local_communicator.h"
 #include "parallel/mpi_communicator.h"
+#ifdef DSA_HAVE_NCCL
+#include "parallel/nccl_communicator.h"
+#endif
 
 namespace dsa {
 
@@ -17,6 +20,18 @@ bool mpi_runs() {
   MPI_Initialized(&initialized);
   MPI_Finalized(&finalized);
   return initialized && !finalized;
+}
+
+std::unique_ptr<Communicator> connect(std::unique_ptr<MpiCommunicator> host, at::Device device,
+                                      std::chrono::milliseconds deadline) {
+  if (device.is_cpu()) return host;
+#ifdef DSA_HAVE_NCCL
+  return std::make_unique<NcclCommunicator>(std::move(host), device, deadline);
+#else
+  static_cast<void>(deadline);
+  throw std::invalid_argument("cannot use several GPUs (this dsatrain was built without NCCL) build it where nccl.h is "
+                              "found, or run one rank");
+#endif
 }
 
 }  // namespace
@@ -61,7 +76,8 @@ Mesh::Mesh(at::Device device) : layout_(Degrees{}), rank_(0), device_(device) {
 
 Mesh Mesh::single(at::Device device) { return Mesh(device); }
 
-Mesh::Mesh(Degrees degrees, bool check_calls, at::Device device) : layout_(degrees), rank_(0), device_(device) {
+Mesh::Mesh(Degrees degrees, bool check_calls, at::Device device, std::chrono::milliseconds deadline)
+    : layout_(degrees), rank_(0), device_(device) {
   int size = 1;
   if (mpi_runs()) {
     MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
@@ -84,7 +100,8 @@ Mesh::Mesh(Degrees degrees, bool check_calls, at::Device device) : layout_(degre
     }
     MPI_Comm comm = MPI_COMM_NULL;
     MPI_Comm_split(MPI_COMM_WORLD, /*color=*/members.front(), /*key=*/rank_, &comm);
-    groups_[i] = std::make_unique<MpiCommunicator>(comm, name_of(axis), check_calls);
+    groups_[i] = connect(std::make_unique<MpiCommunicator>(comm, name_of(axis), check_calls, kLongestMessage, deadline),
+                         device, deadline);
   }
 }
 

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <memory>
 #include <string>
 
+#include "parallel/communication_failure.h"
 #include "parallel/communicator.h"
 #include "parallel/layout.h"
 
@@ -36,8 +38,10 @@ class Mesh {
  public:
   /// Collective over all ranks of MPI_COMM_WORLD. MPI may be missing when the degrees describe one rank.
   /// `check_calls`: see MpiCommunicator. Throws std::invalid_argument for illegal degrees, and when their product
-  /// is not the number of ranks that mpirun started. `device`: where this rank computes (parallel/device.h).
-  explicit Mesh(Degrees degrees, bool check_calls = false, at::Device device = at::kCPU);
+  /// is not the number of ranks that mpirun started. `device`: where this rank computes (parallel/device.h); GPUs are
+  /// connected by NCCL. `deadline`: how long a collective waits for a rank before it gives the group up.
+  explicit Mesh(Degrees degrees, bool check_calls = false, at::Device device = at::kCPU,
+                std::chrono::milliseconds deadline = kDefaultDeadline);
   /// One process by itself, whether or not MPI runs.
   static Mesh single(at::Device device = at::kCPU);
 

@@ -4,14 +4,15 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/maximum.h>
-#include <ATen/ops/minimum.h>
 
 #include <algorithm>
 #include <cstring>
 #include <exception>
 #include <numeric>
 #include <stdexcept>
+
+#include "parallel/communication_failure.h"
+#include "parallel/pieces.h"
 
 namespace dsa {
 
@@ -20,46 +21,13 @@ namespace {
 // Below this an all-reduce gathers everything and adds on every rank: one exchange instead of two, the same bits.
 constexpr int64_t kSmallReduceBytes = 4096;
 
-int64_t row_bytes(const at::Tensor& x) {
-  int64_t bytes = static_cast<int64_t>(x.element_size());
-  for (int64_t d = 1; d < x.dim(); ++d) bytes *= x.size(d);
-  return bytes;
-}
-
-at::Tensor rows_like(const at::Tensor& x, int64_t rows) {
-  std::vector<int64_t> shape = x.sizes().vec();
-  shape[0] = rows;
-  return at::empty(shape, x.options());
-}
-
-/// pieces [parts, n] -> [n], rank after rank.
-at::Tensor reduce_pieces(const at::Tensor& pieces, Reduction reduction) {
-  const auto dtype = pieces.scalar_type();
-  const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
-  at::Tensor sum = pieces.select(0, 0).to(half ? at::kFloat : dtype, /*non_blocking=*/false, /*copy=*/true);
-  for (int64_t r = 1; r < pieces.size(0); ++r) {
-    const at::Tensor piece = pieces.select(0, r);
-    if (reduction == Reduction::SUM)
-      sum.add_(piece);
-    else
-      sum = reduction == Reduction::MAX ? at::maximum(sum, piece) : at::minimum(sum, piece);
-  }
-  return sum.to(dtype);
-}
-
-std::string describe(const char* call, const at::Tensor& x, bool rows_may_differ = false) {
-  std::string text = std::string(call) + " of " + c10::toString(x.scalar_type()) + " [";
-  for (int64_t d = 0; d < x.dim(); ++d)
-    text += (d ? ", " : "") + (d == 0 && rows_may_differ ? std::string("*") : std::to_string(x.size(d)));
-  return text + "]";
-}
-
 }  // namespace
 
-MpiCommunicator::MpiCommunicator(MPI_Comm comm, std::string name, bool check_calls, int64_t max_message)
+MpiCommunicator::MpiCommunicator(MPI_Comm comm, std::string name, bool check_calls, int64_t max_message,
+                                 std::chrono::milliseconds deadline)
     : Communicator(std::move(name), [comm] { int r; MPI_Comm_rank(comm, &r); return r; }(),
-                   [comm] { int s; MPI_Comm_size(comm, &s); return s; }(), at::kCPU),
-      comm_(comm), check_calls_(check_calls), max_message_(max_message) {
+                   [comm] { int s; MPI_Comm_size(comm, &s); return s; }(), at::Device(at::kCPU)),
+      comm_(comm), check_calls_(check_calls), max_message_(max_message), deadline_(deadline) {
   MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
 }
 
@@ -75,9 +43,24 @@ void MpiCommunicator::must(int mpi_result, const char* what) const {
   char reason[MPI_MAX_ERROR_STRING];
   int length = 0;
   MPI_Error_string(mpi_result, reason, &length);
-  throw std::runtime_error(std::string(what) + " failed in the " + name() + " group on its rank " +
-                           std::to_string(rank()) + " (MPI says: " + std::string(reason, length) +
-                           ") the ranks disagree about this call or one of them has died; look for an earlier error");
+  throw CommunicationFailure(std::string(what) + " failed in the " + name() + " group on its rank " +
+                             std::to_string(rank()) + " (MPI says: " + std::string(reason, length) +
+                             ") the ranks disagree about this call or one of them has died; look for an earlier error");
+}
+
+int MpiCommunicator::wait(MPI_Request& request, const char* what, MPI_Status* status) const {
+  const auto begin = std::chrono::steady_clock::now();
+  for (int64_t turn = 1;; ++turn) {
+    int done = 0;
+    const int result = MPI_Test(&request, &done, status);
+    if (done || result != MPI_SUCCESS) return result;
+    sched_yield();  // ranks may share cores
+    if (turn % 1024 == 0 && std::chrono::steady_clock::now() - begin > deadline_)
+      throw CommunicationFailure(
+          std::string(what) + " of the " + name() + " group stands still on its rank " + std::to_string(rank()) + " (" +
+          std::to_string(deadline_.count() / 1000) + " s went by) a rank has died or hangs: look for an earlier message; "
+          "where ranks need longer, raise parallel.deadline");
+  }
 }
 
 void MpiCommunicator::exchange(const std::vector<Block>& send, const std::vector<Block>& recv) {
@@ -110,17 +93,13 @@ void MpiCommunicator::exchange(const std::vector<Block>& send, const std::vector
       must(MPI_Isend(data, bytes, MPI_BYTE, target, 0, comm_, &requests.emplace_back()), "sending");
     });
   }
-  // Every request is brought to its end before anything is thrown: the buffers die with this call. Tested one by
-  // one, because Open MPI 4.1's MPI_Waitall does not come back from a message that is longer than its buffer.
+  // Every request is brought to its end before anything but a missed deadline is thrown: the buffers die with this
+  // call. Tested one by one, because Open MPI 4.1's MPI_Waitall does not come back from a message that is longer than its buffer.
   std::string problem;
   int failure = MPI_SUCCESS;
   for (size_t i = 0; i < requests.size(); ++i) {
     MPI_Status status;
-    int done = 0, result = MPI_SUCCESS;
-    while (!done && result == MPI_SUCCESS) {
-      result = MPI_Test(&requests[i], &done, &status);
-      if (!done) sched_yield();  // ranks may share cores
-    }
+    const int result = wait(requests[i], "an exchange", &status);
     if (result != MPI_SUCCESS) failure = result;
     if (result != MPI_SUCCESS || i >= expected.size() || !problem.empty()) continue;
     int bytes = 0;
@@ -131,11 +110,11 @@ void MpiCommunicator::exchange(const std::vector<Block>& send, const std::vector
   }
   must(failure, "an exchange");
   if (!problem.empty())
-    throw std::runtime_error("an exchange failed in the " + name() + " group (" + problem +
+    throw CommunicationFailure("an exchange failed in the " + name() + " group (" + problem +
                              ") the ranks disagree about this call; run with call checking on to see both sides");
 }
 
-void MpiCommunicator::check_call(const std::string& call, const std::vector<int64_t>& send_counts,
+void MpiCommunicator::agree_on(const std::string& call, const std::vector<int64_t>& send_counts,
                                  const std::vector<int64_t>& recv_counts) {
   if (!check_calls_) return;
   constexpr size_t kText = 240;
@@ -164,7 +143,9 @@ void MpiCommunicator::check_call(const std::string& call, const std::vector<int6
   }
   // One rank's complaint stops all of them: nobody is left waiting for data.
   int bad = problem.empty() ? 0 : 1, any = 0;
-  must(MPI_Allreduce(&bad, &any, 1, MPI_INT, MPI_MAX, comm_), "comparing calls");
+  MPI_Request request;
+  must(MPI_Iallreduce(&bad, &any, 1, MPI_INT, MPI_MAX, comm_, &request), "comparing calls");
+  must(wait(request, "comparing calls"), "comparing calls");
   if (any)
     throw std::runtime_error("ranks of the " + name() + " group disagree (" +
                              (problem.empty() ? "seen by another rank during " + call : problem) +
@@ -172,9 +153,9 @@ void MpiCommunicator::check_call(const std::string& call, const std::vector<int6
 }
 
 at::Tensor MpiCommunicator::do_all_gather_v(const at::Tensor& x, const std::vector<int64_t>& counts) {
-  std::string call = describe("all_gather", x, /*rows_may_differ=*/true);
+  std::string call = describe_call("all_gather", x, /*rows_may_differ=*/true);
   for (int64_t count : counts) call += " " + std::to_string(count);
-  check_call(call);
+  agree_on(call);
   at::Tensor y = rows_like(x, std::accumulate(counts.begin(), counts.end(), int64_t{0}));
   const int64_t bytes = row_bytes(x);
   std::vector<Block> send, recv;
@@ -189,7 +170,7 @@ at::Tensor MpiCommunicator::do_all_gather_v(const at::Tensor& x, const std::vect
 }
 
 at::Tensor MpiCommunicator::do_reduce_scatter(const at::Tensor& x) {
-  check_call(describe("reduce_scatter", x));
+  agree_on(describe_call("reduce_scatter", x));
   at::Tensor pieces = at::empty_like(x);
   const int64_t bytes = x.size(0) / size() * row_bytes(x);
   std::vector<Block> send, recv;
@@ -200,12 +181,11 @@ at::Tensor MpiCommunicator::do_reduce_scatter(const at::Tensor& x) {
   exchange(send, recv);
   std::vector<int64_t> shape = x.sizes().vec();
   shape[0] /= size();
-  return reduce_pieces(pieces.view({size(), x.numel() / size()}), Reduction::SUM).view(shape);
+  return combine_in_rank_order(pieces.view({size(), x.numel() / size()}).unbind(0), Reduction::SUM).view(shape);
 }
 
 at::Tensor MpiCommunicator::do_all_reduce(const at::Tensor& x, Reduction reduction) {
-  static constexpr const char* kCalls[] = {"all_reduce SUM", "all_reduce MAX", "all_reduce MIN"};
-  check_call(describe(kCalls[static_cast<int>(reduction)], x));
+  agree_on(describe_call(reduction, x));
   const int64_t n = x.numel(), item = static_cast<int64_t>(x.element_size());
   char* from = static_cast<char*>(x.data_ptr());
   std::vector<Block> send, recv;
@@ -216,7 +196,7 @@ at::Tensor MpiCommunicator::do_all_reduce(const at::Tensor& x, Reduction reducti
       recv.push_back({static_cast<char*>(pieces.data_ptr()) + r * n * item, n * item});
     }
     exchange(send, recv);
-    return reduce_pieces(pieces, reduction).view(x.sizes());
+    return combine_in_rank_order(pieces.unbind(0), reduction).view(x.sizes());
   }
   // Each rank reduces its range of elements, then all gather the ranges.
   at::Tensor y = at::empty_like(x);
@@ -230,7 +210,7 @@ at::Tensor MpiCommunicator::do_all_reduce(const at::Tensor& x, Reduction reducti
     recv.push_back({static_cast<char*>(pieces.data_ptr()) + r * own * item, own * item});
   }
   exchange(send, recv);
-  const at::Tensor reduced = reduce_pieces(pieces, reduction);
+  const at::Tensor reduced = combine_in_rank_order(pieces.unbind(0), reduction);
   for (int r = 0; r < size(); ++r) {
     send[r] = {static_cast<char*>(reduced.data_ptr()), own * item};
     recv[r] = {to + begin(r) * item, (begin(r + 1) - begin(r)) * item};
@@ -241,7 +221,7 @@ at::Tensor MpiCommunicator::do_all_reduce(const at::Tensor& x, Reduction reducti
 
 at::Tensor MpiCommunicator::do_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
                                           const std::vector<int64_t>& recv_counts) {
-  check_call(describe("all_to_all", x, /*rows_may_differ=*/true), send_counts, recv_counts);
+  agree_on(describe_call("all_to_all", x, /*rows_may_differ=*/true), send_counts, recv_counts);
   at::Tensor y = rows_like(x, std::accumulate(recv_counts.begin(), recv_counts.end(), int64_t{0}));
   const int64_t bytes = row_bytes(x);
   char* from = static_cast<char*>(x.data_ptr());
@@ -258,17 +238,22 @@ at::Tensor MpiCommunicator::do_all_to_all(const at::Tensor& x, const std::vector
 }
 
 void MpiCommunicator::do_broadcast(at::Tensor& x, int root) {
-  check_call(describe("broadcast", x) + " from " + std::to_string(root));
+  agree_on(describe_call("broadcast", x) + " from " + std::to_string(root));
   char* data = static_cast<char*>(x.data_ptr());
   const int64_t bytes = static_cast<int64_t>(x.nbytes());
-  for (int64_t done = 0; done < bytes; done += max_message_)
-    must(MPI_Bcast(data + done, static_cast<int>(std::min(max_message_, bytes - done)), MPI_BYTE, root, comm_),
-         "a broadcast");
+  for (int64_t done = 0; done < bytes; done += max_message_) {
+    const int length = static_cast<int>(std::min(max_message_, bytes - done));
+    MPI_Request request;
+    must(MPI_Ibcast(data + done, length, MPI_BYTE, root, comm_, &request), "a broadcast");
+    must(wait(request, "a broadcast"), "a broadcast");
+  }
 }
 
 void MpiCommunicator::do_barrier() {
-  check_call("barrier");
-  must(MPI_Barrier(comm_), "a barrier");
+  agree_on("barrier");
+  MPI_Request request;
+  must(MPI_Ibarrier(comm_, &request), "a barrier");
+  must(wait(request, "a barrier"), "a barrier");
 }
 
 }  // namespace dsa

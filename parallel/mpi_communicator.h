@@ -6,21 +6,33 @@
 //
 // What is noticed when ranks disagree: a block with another number of bytes than expected, always. With
 // `check_calls`, every call first exchanges what each rank is about to do (call, dtype, sizes, reduction, root) and
-// all ranks throw, naming both sides, before any data moves; it costs one small all-gather a call.
+// all ranks throw, naming both sides, before any data moves; it costs one small all-gather a call. A rank that does
+// not come within `deadline` ends the wait with CommunicationFailure; the group is lost then.
 #pragma once
 
 #include <mpi.h>
 
+#include <chrono>
+
+#include "parallel/communication_failure.h"
 #include "parallel/communicator.h"
 
 namespace dsa {
+
+inline constexpr int64_t kLongestMessage = int64_t{1} << 30;
 
 class MpiCommunicator final : public Communicator {
  public:
   /// Takes ownership of `comm` (freed in the destructor). MPI has to be initialised. `max_message`: bytes of the
   /// longest single message; smaller values serve tests.
-  MpiCommunicator(MPI_Comm comm, std::string name, bool check_calls = false, int64_t max_message = int64_t{1} << 30);
+  MpiCommunicator(MPI_Comm comm, std::string name, bool check_calls = false, int64_t max_message = kLongestMessage,
+                  std::chrono::milliseconds deadline = kDefaultDeadline);
   ~MpiCommunicator() override;
+
+  /// Throws on all ranks when the ranks' texts differ or, for all_to_all, when some block has another size at its
+  /// receiver than at its sender. Does nothing without check_calls.
+  void agree_on(const std::string& call, const std::vector<int64_t>& send_counts = {},
+                const std::vector<int64_t>& recv_counts = {});
 
  protected:
   at::Tensor do_all_gather_v(const at::Tensor& x, const std::vector<int64_t>& counts) override;
@@ -38,15 +50,14 @@ class MpiCommunicator final : public Communicator {
   };
   /// Sends send[r] to rank r and fills recv[r] from rank r, for all r at once.
   void exchange(const std::vector<Block>& send, const std::vector<Block>& recv);
-  /// Throws on all ranks when the ranks' texts differ or, for all_to_all, when some block has another size at its
-  /// receiver than at its sender. Does nothing without check_calls.
-  void check_call(const std::string& call, const std::vector<int64_t>& send_counts = {},
-                  const std::vector<int64_t>& recv_counts = {});
+  /// Brings a request to its end; returns MPI's result. Throws when the deadline passes first.
+  int wait(MPI_Request& request, const char* what, MPI_Status* status = MPI_STATUS_IGNORE) const;
   void must(int mpi_result, const char* what) const;
 
   MPI_Comm comm_;
   bool check_calls_;
   int64_t max_message_;
+  std::chrono::milliseconds deadline_;
 };
 
 }  // namespace dsa

@@ -1,5 +1,6 @@
-// One contract, every implementation: the suite runs with the local communicator and with MPI's (plain, with call
-// checking, and with messages cut into 61-byte pieces) in worlds of 1, 2 and 4 ranks.
+// One contract, every implementation: the suite runs with the local communicator, with MPI's (plain, with call
+// checking, and with messages cut into 61-byte pieces) and, where every rank has a GPU, with NCCL's (tensors of the GPU
+// and of the host, and with call checking) in worlds of 1, 2 and 4 ranks.
 #include "parallel/communicator.h"
 
 #include <ATen/core/grad_mode.h>
@@ -13,14 +14,16 @@
 
 #include "parallel/local_communicator.h"
 #include "parallel/mpi_communicator.h"
+#ifdef DSA_HAVE_NCCL
+#include "parallel/nccl_communicator.h"
+#endif
+#include "tests/parallel/devices.h"
 #include "tests/parallel/tensors.h"
 
 namespace dsa {
 namespace {
 
-using test::filled;
-
-enum class Kind { LOCAL, MPI, MPI_CHECKED, MPI_PIECES };
+enum class Kind { LOCAL, MPI, MPI_CHECKED, MPI_PIECES, NCCL, NCCL_CHECKED, NCCL_HOST };
 
 MPI_Comm duplicate_world() {
   MPI_Comm comm = MPI_COMM_NULL;
@@ -28,12 +31,27 @@ MPI_Comm duplicate_world() {
   return comm;
 }
 
+std::unique_ptr<Communicator> make_nccl(bool check_calls) {
+#ifdef DSA_HAVE_NCCL
+  if (const auto gpu = test::gpu_of_rank())
+    return std::make_unique<NcclCommunicator>(std::make_unique<MpiCommunicator>(duplicate_world(), "test", check_calls),
+                                              *gpu);
+#else
+  static_cast<void>(check_calls);
+#endif
+  return nullptr;
+}
+
+/// Nothing when this machine cannot.
 std::unique_ptr<Communicator> make(Kind kind) {
   switch (kind) {
     case Kind::LOCAL: return std::make_unique<LocalCommunicator>();
     case Kind::MPI: return std::make_unique<MpiCommunicator>(duplicate_world(), "test");
     case Kind::MPI_CHECKED: return std::make_unique<MpiCommunicator>(duplicate_world(), "test", true);
     case Kind::MPI_PIECES: return std::make_unique<MpiCommunicator>(duplicate_world(), "test", false, 61);
+    case Kind::NCCL: return make_nccl(false);
+    case Kind::NCCL_CHECKED: return make_nccl(true);
+    case Kind::NCCL_HOST: return make_nccl(false);
   }
   return nullptr;
 }
@@ -41,7 +59,7 @@ std::unique_ptr<Communicator> make(Kind kind) {
 /// Same dtype, shape and bits (NaN equals NaN of the same bits).
 bool same_bits(const at::Tensor& a, const at::Tensor& b) {
   if (a.scalar_type() != b.scalar_type() || a.sizes() != b.sizes()) return false;
-  const at::Tensor x = a.contiguous(), y = b.contiguous();
+  const at::Tensor x = a.cpu().contiguous(), y = b.cpu().contiguous();
   return x.nbytes() == 0 || std::memcmp(x.data_ptr(), y.data_ptr(), x.nbytes()) == 0;
 }
 
@@ -74,19 +92,35 @@ const std::vector<at::ScalarType> kDtypes = {at::kBFloat16, at::kHalf, at::kFloa
                                              at::kInt,      at::kLong, at::kByte};
 
 std::string label(const testing::TestParamInfo<Kind>& info) {
-  static const char* kLabels[] = {"Local", "Mpi", "MpiChecked", "MpiPieces"};
+  static const char* kLabels[] = {"Local", "Mpi", "MpiChecked", "MpiPieces", "Nccl", "NcclChecked", "NcclHost"};
   return kLabels[static_cast<size_t>(info.param)];
 }
 
 class Contract : public testing::TestWithParam<Kind> {
  protected:
-  std::unique_ptr<Communicator> comm_ = make(GetParam());
-  int rank_ = comm_->rank(), size_ = comm_->size();
+  void SetUp() override {
+    comm_ = make(GetParam());
+    if (!comm_) GTEST_SKIP() << test::kNoGpus;
+    rank_ = comm_->rank(), size_ = comm_->size();
+    if (GetParam() == Kind::NCCL || GetParam() == Kind::NCCL_CHECKED) device_ = *test::gpu_of_rank();
+  }
+
+  /// test::filled where this communicator's tensors lie.
+  at::Tensor filled(const std::vector<int64_t>& shape, at::ScalarType dtype, uint64_t seed) const {
+    return test::filled(shape, dtype, seed).to(device_);
+  }
+  at::Tensor uninitialised(const std::vector<int64_t>& shape, at::ScalarType dtype = at::kFloat) const {
+    return at::empty(shape, at::TensorOptions(dtype).device(device_));
+  }
+
+  std::unique_ptr<Communicator> comm_;
+  int rank_ = 0, size_ = 1;
+  at::Device device_ = at::kCPU;
 
   /// Every rank's tensor of this shape.
   std::vector<at::Tensor> everyones(const std::vector<int64_t>& shape, at::ScalarType dtype) const {
     std::vector<at::Tensor> all;
-    for (int r = 0; r < size_; ++r) all.push_back(filled(shape, dtype, r));
+    for (int r = 0; r < size_; ++r) all.push_back(test::filled(shape, dtype, r));
     return all;
   }
 };
@@ -95,7 +129,8 @@ TEST_P(Contract, AllGatherJoinsRowsByRank) {
   for (at::ScalarType dtype : kDtypes)
     for (const std::vector<int64_t>& shape : {std::vector<int64_t>{3, 2}, {0, 5}, {4}, {1, 2, 3}, {2, 0}}) {
       const std::vector<at::Tensor> inputs = everyones(shape, dtype);
-      const at::Tensor y = comm_->all_gather(inputs[rank_]);
+      const at::Tensor y = comm_->all_gather(inputs[rank_].to(device_));
+      EXPECT_EQ(y.device(), device_);
       EXPECT_EQ(y.size(0), size_ * shape[0]);
       for (int r = 0; r < size_; ++r)
         EXPECT_TRUE(same_bits(y.narrow(0, r * shape[0], shape[0]), inputs[r])) << dtype << " rank " << r;
@@ -145,7 +180,7 @@ TEST_P(Contract, AllReduceSumsInRankOrder) {
 
 TEST_P(Contract, HalfPrecisionSumsRoundOnce) {
   // 1 + 2^-8 + 2^-8 (+ ...): bf16 sums rounded at every step would stay at 1.
-  at::Tensor x = at::empty({1}, at::TensorOptions(at::kBFloat16));
+  at::Tensor x = uninitialised({1}, at::kBFloat16);
   x.fill_(rank_ == 0 ? 1.0 : std::ldexp(1.0, -8));
   const float expected = static_cast<float>(at::BFloat16(static_cast<float>(1.0 + (size_ - 1) * std::ldexp(1.0, -8))));
   EXPECT_EQ(comm_->all_reduce(x).item<float>(), expected);
@@ -199,7 +234,7 @@ TEST_P(Contract, AllToAllMovesRows) {
 
 TEST_P(Contract, AllToAllWithoutAnyRow) {
   const std::vector<int64_t> none(size_, 0);
-  EXPECT_EQ(comm_->all_to_all(at::empty({0, 4}), none, none).sizes(), (std::vector<int64_t>{0, 4}));
+  EXPECT_EQ(comm_->all_to_all(uninitialised({0, 4}), none, none).sizes(), (std::vector<int64_t>{0, 4}));
 }
 
 TEST_P(Contract, BroadcastFromEveryRoot) {
@@ -207,7 +242,7 @@ TEST_P(Contract, BroadcastFromEveryRoot) {
     at::Tensor x = filled({5, 3}, at::kDouble, rank_);
     comm_->broadcast(x, root);
     EXPECT_TRUE(same_bits(x, filled({5, 3}, at::kDouble, root)));
-    at::Tensor empty = at::empty({0});
+    at::Tensor empty = uninitialised({0});
     comm_->broadcast(empty, root);
   }
 }
@@ -241,6 +276,23 @@ TEST_P(Contract, RepeatsAreBitEqual) {
   for (int r = 0; r < size_; ++r) EXPECT_TRUE(same_bits(all.narrow(0, r * sum.size(0), sum.size(0)), sum));
 }
 
+// Big enough for several NCCL channels and ranges that do not divide evenly; results are used in stream order.
+TEST_P(Contract, LargeTensorsInARow) {
+  const int64_t n = GetParam() == Kind::MPI_PIECES ? 10'003 : 1'000'003, width = n / 3000;
+  at::Tensor x = filled({n}, at::kBFloat16, rank_);
+  const at::Tensor sum = comm_->all_reduce(x);
+  x.zero_();  // after the sum has read it
+  const at::Tensor again = comm_->all_gather(sum.add(1)).narrow(0, (size_ - 1) * n, n).sub(1).add(0);
+  EXPECT_TRUE(same_bits(sum, expected_sum(everyones({n}, at::kBFloat16))));
+  EXPECT_TRUE(same_bits(again, sum.add(1).sub(1)));
+  std::vector<int64_t> counts;
+  int64_t rows = 0;
+  for (int r = 0; r < size_; ++r) counts.push_back(1000 * (r + 1) + 7), rows += counts.back();
+  const at::Tensor joined = comm_->all_gather_v(filled({counts[rank_], width}, at::kBFloat16, rank_), counts);
+  for (int r = 0, row = 0; r < size_; row += static_cast<int>(counts[r++]))
+    EXPECT_TRUE(same_bits(joined.narrow(0, row, counts[r]), test::filled({counts[r], width}, at::kBFloat16, r)));
+}
+
 TEST_P(Contract, ContradictoryArgumentsAreRefused) {
   const at::Tensor x = filled({3, 2}, at::kFloat, 0);
   EXPECT_THROW(comm_->all_gather(at::Tensor()), std::invalid_argument);
@@ -261,7 +313,8 @@ TEST_P(Contract, ContradictoryArgumentsAreRefused) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Communicators, Contract,
-                         testing::Values(Kind::LOCAL, Kind::MPI, Kind::MPI_CHECKED, Kind::MPI_PIECES),
+                         testing::Values(Kind::LOCAL, Kind::MPI, Kind::MPI_CHECKED, Kind::MPI_PIECES, Kind::NCCL,
+                                         Kind::NCCL_CHECKED, Kind::NCCL_HOST),
                          label);
 
 // --- ranks that disagree ---------------------------------------------------------------------------------------
@@ -285,13 +338,13 @@ class Disagreement : public testing::Test {
     if (odd_one_) {
       EXPECT_NE(message.find(words), std::string::npos) << message;
     }
-    EXPECT_EQ(comm_.all_reduce(filled({1}, at::kFloat, 0)).numel(), 1);
+    EXPECT_EQ(comm_.all_reduce(test::filled({1}, at::kFloat, 0)).numel(), 1);
   }
 };
 
 TEST_F(Disagreement, IsSeenByAllBeforeDataMoves) {
   const int n = comm_.size();
-  const at::Tensor x = filled({2 * n, 2}, at::kFloat, 1);
+  const at::Tensor x = test::filled({2 * n, 2}, at::kFloat, 1);
   everyone_throws([&] { odd_one_ ? comm_.reduce_scatter(x) : comm_.all_reduce(x); }, "reduce_scatter of Float");
   everyone_throws([&] { comm_.all_gather(odd_one_ ? x.to(at::kInt) : x); }, "all_gather of Int");
   everyone_throws([&] { comm_.all_reduce(odd_one_ ? x.view({-1}) : x); }, "all_reduce SUM of Float");
@@ -310,11 +363,26 @@ TEST_F(Disagreement, IsSeenByAllBeforeDataMoves) {
   }, "rank 0 sends 2 rows, rank " + std::to_string(n - 1) + " expects 3");
 }
 
+TEST(Deadline, ARankThatDoesNotComeIsGivenUp) {
+  const auto short_wait = std::chrono::milliseconds(300);
+  // Not freed: after a missed deadline a communicator is unusable.
+  auto* comm = new MpiCommunicator(duplicate_world(), "test", false, kLongestMessage, short_wait);
+  if (comm->size() > 1 && comm->rank() == 0) {
+    const auto begin = std::chrono::steady_clock::now();
+    EXPECT_THROW(comm->all_reduce(test::filled({4}, at::kFloat, 0)), CommunicationFailure);
+    EXPECT_THROW(comm->barrier(), CommunicationFailure);
+    const auto waited = std::chrono::steady_clock::now() - begin;
+    EXPECT_GT(waited, 2 * short_wait);
+    EXPECT_LT(waited, 20 * short_wait);
+  }
+  MPI_Barrier(MPI_COMM_WORLD);
+}
+
 TEST(UncheckedDisagreement, OfSizesIsStillAnError) {
   // Not freed: after a failed exchange a communicator is unusable.
   auto* comm = new MpiCommunicator(duplicate_world(), "test");
   if (comm->size() > 1) {
-    EXPECT_THROW(comm->all_reduce(filled({comm->rank() == 0 ? 8 : 4}, at::kFloat, 0)), std::runtime_error);
+    EXPECT_THROW(comm->all_reduce(test::filled({comm->rank() == 0 ? 8 : 4}, at::kFloat, 0)), std::runtime_error);
   }
 }
 

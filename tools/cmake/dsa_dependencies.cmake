@@ -66,3 +66,12 @@ endforeach()
 target_link_libraries(dsa_torch INTERFACE
   ${DSA_TORCH_DIR}/lib/libtorch_cpu.so ${DSA_TORCH_DIR}/lib/libc10.so Threads::Threads)
 add_library(dsa::torch ALIAS dsa_torch)
+
+# --- NCCL (optional): connects the GPUs of several ranks ---------------------------------------
+if(DSA_HAVE_CUDA)
+  find_path(DSA_NCCL_INCLUDE_DIR nccl.h HINTS ${CUDAToolkit_INCLUDE_DIRS} ${DSA_SITE_PACKAGES}/nvidia/nccl/include)
+  if(NOT DSA_NCCL_INCLUDE_DIR)
+    set(DSA_NCCL_INCLUDE_DIR "")
+    message(STATUS "NCCL: nccl.h not found, GPU runs are of one rank")
+  endif()
+endif()
