@@ -4,11 +4,18 @@
 //   dispatch   x_NH --select--> S --all_to_all--> R --select--> M        (sorted by expert)
 //   combine    y_MH --weighted sum per received row--> R --all_to_all--> S --sum per token--> out_NH
 //
-// Backward is the same road the other way. Weights travel as one number per pair.
+// Backward is the same road the other way. Weights travel as one number per pair. The permutations are made where the
+// tensors lie; the host sees counts only, once: it needs them as sizes.
 #include "parallel/expert_dispatch.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/repeat_interleave.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -25,52 +32,61 @@ at::ScalarType accumulation_type(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-at::Tensor index_tensor(const std::vector<int64_t>& values, c10::Device device) {
-  at::Tensor t = at::empty({static_cast<int64_t>(values.size())}, at::TensorOptions(at::kLong));
-  if (!values.empty()) std::memcpy(t.data_ptr(), values.data(), values.size() * sizeof(int64_t));
-  return t.to(device);
-}
+int64_t total(const std::vector<int64_t>& counts) { return std::accumulate(counts.begin(), counts.end(), int64_t{0}); }
 
-/// target_j = sum of the sources i with target_of[i] == j, in ascending i. Pass p adds the p-th source of every
-/// target: inside a pass no target occurs twice, so the result is deterministic on every device.
+/// Sum over sources of weight * row into targets. The sources come in passes: inside a pass no target occurs twice, so
+/// the additions of a target have an order and the result is deterministic on every device.
 class SegmentSum {
  public:
   SegmentSum() = default;
-  SegmentSum(const std::vector<int64_t>& target_of, int64_t targets, c10::Device device) : targets_(targets) {
-    std::vector<size_t> seen(targets, 0);
-    std::vector<std::vector<int64_t>> to, from;
-    for (size_t i = 0; i < target_of.size(); ++i) {
-      const size_t pass = seen[target_of[i]]++;
-      if (pass == to.size()) to.emplace_back(), from.emplace_back();
-      to[pass].push_back(target_of[i]);
-      from[pass].push_back(static_cast<int64_t>(i));
-    }
-    for (size_t p = 0; p < to.size(); ++p)
-      passes_.push_back({index_tensor(to[p], device), index_tensor(from[p], device)});
-  }
+  /// to [sources]: the targets pass by pass, ascending inside one; sizes: of the passes; from [sources]: the source rows
+  /// in the same order, undefined where they stand so already.
+  SegmentSum(int64_t targets, at::Tensor to, const std::vector<int64_t>& sizes, at::Tensor from)
+      : targets_(targets), to_(std::move(to)), from_(std::move(from)), sizes_(sizes) {}
 
   /// source [sources, H], weight [sources] or undefined -> [targets, H] in source's accumulation type.
   at::Tensor operator()(const at::Tensor& source, const at::Tensor& weight = {}) const {
     const auto type = accumulation_type(source);
-    at::Tensor sum = at::zeros({targets_, source.size(1)}, source.options().dtype(type));
-    for (const Pass& pass : passes_) {
-      at::Tensor rows = source.index_select(0, pass.from).to(type);
-      if (weight.defined()) rows = rows.mul(weight.index_select(0, pass.from).to(type).unsqueeze(1));
-      sum.index_add_(0, pass.to, rows);
+    at::Tensor sum;
+    for (int64_t p = 0, begin = 0; p < static_cast<int64_t>(sizes_.size()); begin += sizes_[p++]) {
+      const auto of_pass = [&](const at::Tensor& x) {
+        return from_.defined() ? x.index_select(0, from_.narrow(0, begin, sizes_[p])) : x.narrow(0, begin, sizes_[p]);
+      };
+      at::Tensor rows = of_pass(source).to(type);
+      if (weight.defined()) rows = rows.mul(of_pass(weight).to(type).unsqueeze(1));
+      if (p == 0 && sizes_[p] == targets_) {  // every target, in order
+        sum = rows.is_alias_of(source) ? rows.clone() : rows;
+        continue;
+      }
+      if (!sum.defined()) sum = at::zeros({targets_, source.size(1)}, source.options().dtype(type));
+      sum.index_add_(0, to_.narrow(0, begin, sizes_[p]), rows);
     }
-    return sum;
+    return sum.defined() ? sum : at::zeros({targets_, source.size(1)}, source.options().dtype(type));
   }
 
  private:
-  struct Pass {
-    at::Tensor to, from;
-  };
   int64_t targets_ = 0;
-  std::vector<Pass> passes_;
+  at::Tensor to_, from_;
+  std::vector<int64_t> sizes_;
 };
 
 [[noreturn]] void refuse(const std::string& why, const std::string& suggestion) {
   throw std::invalid_argument("cannot dispatch tokens to experts (" + why + ") " + suggestion);
+}
+
+/// Names the first choice that is out of range or made twice.
+[[noreturn]] void refuse_choices(const at::Tensor& experts_NK, int64_t num_experts) {
+  const at::Tensor host = experts_NK.cpu().contiguous();
+  const int64_t K = host.size(1), *expert = host.data_ptr<int64_t>();
+  for (int64_t i = 0; i < host.numel(); ++i) {
+    if (expert[i] < 0 || expert[i] >= num_experts)
+      refuse("expert " + std::to_string(expert[i]) + " of token " + std::to_string(i / K),
+             "experts count from 0 to " + std::to_string(num_experts - 1));
+    if (std::find(expert + i / K * K, expert + i, expert[i]) != expert + i)
+      refuse("token " + std::to_string(i / K) + " chose expert " + std::to_string(expert[i]) + " twice",
+             "the choices of a token are distinct");
+  }
+  throw std::logic_error("choices counted wrongly (each is legal) this is a mistake of the program");
 }
 
 }  // namespace
@@ -85,8 +101,8 @@ struct ExpertRouting : torch::CustomClassHolder {
   at::Tensor received_of_row;  // [M]
   at::Tensor pair_of_row;      // [M] index among the received pairs
   at::Tensor row_of_pair;      // [M] the inverse
-  SegmentSum to_tokens;        // S -> N
-  SegmentSum to_received;      // M -> R
+  SegmentSum to_tokens;        // S -> N, a pass per rank
+  SegmentSum to_received;      // M -> R, a pass per position of an expert among the token's experts here
   std::vector<int64_t> rows_per_expert;
 
   at::Tensor there(const at::Tensor& x) const { return move(x, sent_tokens, received_tokens); }
@@ -165,84 +181,79 @@ ExpertDispatch::ExpertDispatch(const at::Tensor& experts_NK, const at::Tensor& w
     refuse("experts are not int64 [N, K]", "give the router's selection");
   if (weights_NK.sizes() != experts_NK.sizes() || !weights_NK.is_floating_point())
     refuse("weights are not floating [N, K] like the experts", "give the router's weights");
-  const c10::Device device = weights_NK.device();
-  const at::Tensor experts = experts_NK.cpu().contiguous();
-  const int64_t* expert_of = experts.data_ptr<int64_t>();
-  const int64_t N = experts.size(0), K = experts.size(1), per_rank = num_experts / ranks;
-
   ExpertRouting& r = *routing_;
+  const int64_t N = experts_NK.size(0), K = experts_NK.size(1), per_rank = num_experts / ranks;
   r.group = &group;
   r.tokens = N;
   r.choices = K;
+  const at::NoGradGuard no_grad;
+  const at::TensorOptions options = experts_NK.options();
+  const auto count_to = [&](int64_t end) { return at::arange(end, options); };
+  const auto sorted = [](const at::Tensor& x, int64_t dim = 0) { return x.sort(/*stable=*/true, dim, /*descending=*/false); };
 
-  // What goes where: per destination the tokens in ascending order and, for each, its experts there ascending.
-  std::vector<std::vector<int64_t>> tokens_to(ranks), choices_to(ranks), pairs_to(ranks);  // pairs: (row, expert)
-  std::vector<int64_t> ks(K);
-  for (int64_t n = 0; n < N; ++n) {
-    const int64_t* mine = expert_of + n * K;
-    std::iota(ks.begin(), ks.end(), int64_t{0});
-    std::sort(ks.begin(), ks.end(), [mine](int64_t a, int64_t b) { return mine[a] < mine[b]; });
-    for (int64_t i = 0; i < K; ++i) {
-      const int64_t expert = mine[ks[i]];
-      if (expert < 0 || expert >= num_experts)
-        refuse("expert " + std::to_string(expert) + " of token " + std::to_string(n),
-               "experts count from 0 to " + std::to_string(num_experts - 1));
-      if (i > 0 && mine[ks[i - 1]] == expert)
-        refuse("token " + std::to_string(n) + " chose expert " + std::to_string(expert) + " twice",
-               "the choices of a token are distinct");
-      const int64_t to = expert / per_rank;
-      if (tokens_to[to].empty() || tokens_to[to].back() != n) tokens_to[to].push_back(n);
-      choices_to[to].push_back(n * K + ks[i]);
-      pairs_to[to].push_back(static_cast<int64_t>(tokens_to[to].size()) - 1);
-      pairs_to[to].push_back(expert % per_rank);
-    }
-  }
-  std::vector<int64_t> counts, token_of_sent, choice_of_pair, pairs;
+  // A token's experts ascending, hence by destination; `position` counts those of one destination: 0 begins a row.
+  const auto [expert_NK, choice_NK] = sorted(experts_NK, 1);
+  const at::Tensor to_NK = expert_NK.div(per_rank, "floor");
+  const at::Tensor position_NK = count_to(K).sub(at::searchsorted(to_NK, to_NK));
+  const at::Tensor expert_ends = at::searchsorted(std::get<0>(sorted(expert_NK.flatten())), count_to(num_experts + 1));
+  const at::Tensor position_ends =
+      at::searchsorted(std::get<0>(sorted(to_NK.mul(K).add(position_NK).flatten())), count_to(ranks * K + 1));
+  const at::Tensor twice = expert_NK.narrow(1, 0, K - 1).eq(expert_NK.narrow(1, 1, K - 1)).sum().view({1});
+  const at::Tensor counted = at::cat({expert_ends, position_ends, twice}).cpu();
+  const int64_t *experts_before = counted.data_ptr<int64_t>(), *positions_before = experts_before + num_experts + 1;
+  if (experts_before[0] != 0 || experts_before[num_experts] != N * K || positions_before[ranks * K + 1] != 0)
+    refuse_choices(experts_NK, num_experts);
+
+  // To each rank: how many pairs of each of its experts, and how many tokens with more than 0, 1, ... of them.
+  at::Tensor counts = at::empty({ranks, per_rank + K}, at::TensorOptions(at::kLong));
   for (int to = 0; to < ranks; ++to) {
-    r.sent_tokens.push_back(static_cast<int64_t>(tokens_to[to].size()));
-    r.sent_pairs.push_back(static_cast<int64_t>(choices_to[to].size()));
-    counts.insert(counts.end(), {r.sent_tokens.back(), r.sent_pairs.back()});
-    token_of_sent.insert(token_of_sent.end(), tokens_to[to].begin(), tokens_to[to].end());
-    choice_of_pair.insert(choice_of_pair.end(), choices_to[to].begin(), choices_to[to].end());
-    pairs.insert(pairs.end(), pairs_to[to].begin(), pairs_to[to].end());
+    int64_t* row = counts.data_ptr<int64_t>() + to * (per_rank + K);
+    for (int64_t e = to * per_rank; e < (to + 1) * per_rank; ++e) *row++ = experts_before[e + 1] - experts_before[e];
+    for (int64_t p = to * K; p < (to + 1) * K; ++p) *row++ = positions_before[p + 1] - positions_before[p];
+    r.sent_tokens.push_back(row[-K]);
+    r.sent_pairs.push_back(std::accumulate(row - K, row, int64_t{0}));
   }
-  r.token_of_sent = index_tensor(token_of_sent, device);
-  r.choice_of_pair = index_tensor(choice_of_pair, device);
-  r.to_tokens = SegmentSum(token_of_sent, N, device);
-
-  // What comes: counts first, then the pairs.
   const std::vector<int64_t> ones(ranks, 1);
-  const at::Tensor counts_here = group.all_to_all(index_tensor(counts, device).view({ranks, 2}), ones, ones).cpu();
+  const at::Tensor counts_here = group.all_to_all(counts, ones, ones);
+  r.rows_per_expert.assign(per_rank, 0);
+  std::vector<int64_t> pass_sizes(K, 0);
   for (int from = 0; from < ranks; ++from) {
-    r.received_tokens.push_back(counts_here.data_ptr<int64_t>()[2 * from]);
-    r.received_pairs.push_back(counts_here.data_ptr<int64_t>()[2 * from + 1]);
+    const int64_t* row = counts_here.data_ptr<int64_t>() + from * (per_rank + K);
+    for (int64_t e = 0; e < per_rank; ++e) r.rows_per_expert[e] += *row++;
+    for (int64_t p = 0; p < K; ++p) pass_sizes[p] += row[p];
+    r.received_tokens.push_back(row[0]);
+    r.received_pairs.push_back(std::accumulate(row, row + K, int64_t{0}));
   }
-  const at::Tensor pairs_here =
-      group.all_to_all(index_tensor(pairs, device).view({-1, 2}), r.sent_pairs, r.received_pairs).cpu();
-  const int64_t M = pairs_here.size(0);
-  std::vector<int64_t> received_of_pair(M), expert_of_pair(M);
-  for (int64_t from = 0, pair = 0, first_row = 0; from < ranks; first_row += r.received_tokens[from++])
-    for (int64_t i = 0; i < r.received_pairs[from]; ++i, ++pair) {
-      received_of_pair[pair] = first_row + pairs_here.data_ptr<int64_t>()[2 * pair];
-      expert_of_pair[pair] = pairs_here.data_ptr<int64_t>()[2 * pair + 1];
-    }
+
+  // Sent pairs: by destination, token, expert. A row begins where the position is 0.
+  const int64_t S = total(r.sent_tokens), R = total(r.received_tokens), M = total(r.received_pairs);
+  const auto [to_P, pair_order] = sorted(to_NK.flatten());
+  const auto in_order = [order = pair_order](const at::Tensor& x_NK) { return x_NK.flatten().index_select(0, order); };
+  const at::Tensor token_P = pair_order.div(K, "floor");
+  const at::Tensor sent_row_P = in_order(position_NK).eq(0).cumsum(0).sub(1);
+  r.choice_of_pair = in_order(choice_NK).add(token_P, K);
+  r.token_of_sent = token_P.index_select(0, at::searchsorted(sent_row_P, count_to(S)));
+  r.to_tokens = SegmentSum(N, r.token_of_sent, r.sent_tokens, {});
+  const at::Tensor rows_to = position_ends.diff().view({ranks, K}).select(1, 0);
+  const at::Tensor first_row_to = rows_to.cumsum(0).sub(rows_to);
+  const at::Tensor pairs_here = r.pairs_there(
+      at::stack({sent_row_P.sub(first_row_to.index_select(0, to_P)), in_order(expert_NK).remainder(per_rank)}, 1));
 
   // Computed rows: pairs by expert; pairs arrive by (source, token), and a stable sort keeps that.
-  std::vector<int64_t> pair_of_row(M), row_of_pair(M), received_of_row(M);
-  std::iota(pair_of_row.begin(), pair_of_row.end(), int64_t{0});
-  std::stable_sort(pair_of_row.begin(), pair_of_row.end(),
-                   [&](int64_t a, int64_t b) { return expert_of_pair[a] < expert_of_pair[b]; });
-  r.rows_per_expert.assign(per_rank, 0);
-  for (int64_t row = 0; row < M; ++row) {
-    row_of_pair[pair_of_row[row]] = row;
-    received_of_row[row] = received_of_pair[pair_of_row[row]];
-    ++r.rows_per_expert[expert_of_pair[pair_of_row[row]]];
+  at::Tensor sources = at::empty({2, ranks}, at::TensorOptions(at::kLong));
+  for (int64_t from = 0, first_row = 0; from < ranks; first_row += r.received_tokens[from++]) {
+    sources.data_ptr<int64_t>()[from] = first_row;
+    sources.data_ptr<int64_t>()[ranks + from] = r.received_pairs[from];
   }
-  r.pair_of_row = index_tensor(pair_of_row, device);
-  r.row_of_pair = index_tensor(row_of_pair, device);
-  r.received_of_row = index_tensor(received_of_row, device);
-  const int64_t R = std::accumulate(r.received_tokens.begin(), r.received_tokens.end(), int64_t{0});
-  r.to_received = SegmentSum(received_of_row, R, device);
+  sources = sources.to(options.device());
+  const at::Tensor received_of_pair = pairs_here.select(1, 0).add(at::repeat_interleave(sources[0], sources[1], 0, M));
+  r.pair_of_row = std::get<1>(sorted(pairs_here.select(1, 1)));
+  r.row_of_pair = at::empty_like(r.pair_of_row).scatter_(0, r.pair_of_row, count_to(M));
+  r.received_of_row = received_of_pair.index_select(0, r.pair_of_row);
+  const at::Tensor position_of_pair = count_to(M).sub(at::searchsorted(received_of_pair, received_of_pair));
+  const at::Tensor by_position = std::get<1>(sorted(position_of_pair));
+  r.to_received = SegmentSum(R, received_of_pair.index_select(0, by_position), pass_sizes,
+                             r.row_of_pair.index_select(0, by_position));
 }
 
 ExpertDispatch::~ExpertDispatch() = default;

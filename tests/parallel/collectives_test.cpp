@@ -6,14 +6,14 @@
 
 #include <cmath>
 #include <functional>
+#include <memory>
 
 #include "parallel/mesh.h"
+#include "tests/parallel/devices.h"
 #include "tests/parallel/tensors.h"
 
 namespace dsa {
 namespace {
-
-using test::filled;
 
 int world_size() {
   int size = 0;
@@ -21,13 +21,26 @@ int world_size() {
   return size;
 }
 
-class Collectives : public testing::Test {
+class Collectives : public testing::TestWithParam<test::On> {
  protected:
-  Mesh mesh_{Degrees{.data = world_size()}, /*check_calls=*/true};
-  Communicator& group_ = mesh_.along(Axis::WORLD);
-  int rank_ = group_.rank(), size_ = group_.size();
+  void SetUp() override {
+    if (GetParam() == test::On::GPU && !test::gpu_of_rank()) GTEST_SKIP() << test::kNoGpus;
+    if (GetParam() == test::On::GPU) device_ = *test::gpu_of_rank();
+    mesh_ = std::make_unique<Mesh>(Degrees{.data = world_size()}, /*check_calls=*/true, device_);
+    group_ = &mesh_->along(Axis::WORLD);
+    rank_ = group_->rank(), size_ = group_->size();
+  }
 
-  double everywhere(const at::Tensor& scalar) { return group_.all_reduce(scalar.detach()).item<double>(); }
+  at::Device device_ = at::kCPU;
+  std::unique_ptr<Mesh> mesh_;
+  Communicator* group_ = nullptr;
+  int rank_ = 0, size_ = 1;
+
+  at::Tensor filled(const std::vector<int64_t>& shape, at::ScalarType dtype, uint64_t seed) const {
+    return test::filled(shape, dtype, seed).to(device_);
+  }
+  at::Tensor placed(const at::Tensor& x) const { return x.to(device_, x.scalar_type(), false, /*copy=*/true); }
+  double everywhere(const at::Tensor& scalar) { return group_->all_reduce(scalar.detach()).item<double>(); }
 
   /// The transpose of a linear map A over all ranks together: <A x, v> = <x, A^T v>, with A^T v from backward.
   void expect_transposed(const std::function<at::Tensor(const at::Tensor&)>& map, at::Tensor x) {
@@ -43,9 +56,9 @@ class Collectives : public testing::Test {
   }
 };
 
-TEST_F(Collectives, BackwardIsTheTranspose) {
-  expect_transposed([&](const at::Tensor& x) { return gather_rows(x, group_); }, filled({3, 4}, at::kDouble, rank_));
-  expect_transposed([&](const at::Tensor& x) { return reduce_scatter_rows(x, group_); },
+TEST_P(Collectives, BackwardIsTheTranspose) {
+  expect_transposed([&](const at::Tensor& x) { return gather_rows(x, *group_); }, filled({3, 4}, at::kDouble, rank_));
+  expect_transposed([&](const at::Tensor& x) { return reduce_scatter_rows(x, *group_); },
                     filled({3 * size_, 4}, at::kDouble, rank_));
   std::vector<int64_t> send, recv;
   int64_t rows = 0;
@@ -53,21 +66,21 @@ TEST_F(Collectives, BackwardIsTheTranspose) {
     send.push_back(1 + (rank_ + 2 * r) % 3), recv.push_back(1 + (r + 2 * rank_) % 3);
     rows += send.back();
   }
-  expect_transposed([&](const at::Tensor& x) { return all_to_all_rows(x, send, recv, group_); },
+  expect_transposed([&](const at::Tensor& x) { return all_to_all_rows(x, send, recv, *group_); },
                     filled({rows, 4}, at::kDouble, rank_));
 }
 
-TEST_F(Collectives, CopyToSumsGradientsAndReduceFromPassesThem) {
+TEST_P(Collectives, CopyToSumsGradientsAndReduceFromPassesThem) {
   at::Tensor x = filled({5}, at::kDouble, 3).requires_grad_(true);
-  const at::Tensor copied = copy_to(x, group_);
+  const at::Tensor copied = copy_to(x, *group_);
   EXPECT_EQ(test::values(copied), test::values(x));
   copied.mul(filled({5}, at::kDouble, 10 + rank_)).sum().backward();
-  at::Tensor expected = at::zeros({5}, at::TensorOptions(at::kDouble));
+  at::Tensor expected = at::zeros({5}, at::TensorOptions(at::kDouble).device(device_));
   for (int r = 0; r < size_; ++r) expected.add_(filled({5}, at::kDouble, 10 + r));
   EXPECT_EQ(test::values(x.grad()), test::values(expected));
 
   at::Tensor part = filled({5}, at::kDouble, 20 + rank_).requires_grad_(true);
-  const at::Tensor sum = reduce_from(part, group_);
+  const at::Tensor sum = reduce_from(part, *group_);
   expected.zero_();
   for (int r = 0; r < size_; ++r) expected.add_(filled({5}, at::kDouble, 20 + r));
   EXPECT_EQ(test::values(sum), test::values(expected));
@@ -78,10 +91,10 @@ TEST_F(Collectives, CopyToSumsGradientsAndReduceFromPassesThem) {
 // A tensor-parallel pair of matrices, loss = sum((x A)^2 B)^2 over rows, A cut by columns and B by rows, once with
 // replicated rows (copy_to, reduce_from) and once with rows dealt to the ranks (gather_rows, reduce_scatter_rows):
 // gradients against central differences of the undivided formula.
-TEST_F(Collectives, TensorParallelPairMatchesFiniteDifferences) {
+TEST_P(Collectives, TensorParallelPairMatchesFiniteDifferences) {
   const int64_t rows = 4, in = 3, hidden = 8, out = 2, own = hidden / size_;
-  const at::Tensor x0 = filled({rows, in}, at::kDouble, 1), a0 = filled({in, hidden}, at::kDouble, 2),
-                   b0 = filled({hidden, out}, at::kDouble, 3);
+  const at::Tensor x0 = test::filled({rows, in}, at::kDouble, 1), a0 = test::filled({in, hidden}, at::kDouble, 2),
+                   b0 = test::filled({hidden, out}, at::kDouble, 3);
   auto whole_loss = [&](const at::Tensor& x, const at::Tensor& a, const at::Tensor& b) {
     return x.matmul(a).pow(2).matmul(b).pow(2).sum();
   };
@@ -98,11 +111,11 @@ TEST_F(Collectives, TensorParallelPairMatchesFiniteDifferences) {
   for (const bool dealt : {false, true}) {
     if (dealt && rows % size_ != 0) continue;
     const int64_t first = dealt ? rank_ * (rows / size_) : 0, count = dealt ? rows / size_ : rows;
-    at::Tensor x = x0.narrow(0, first, count).clone().requires_grad_(true);
-    at::Tensor a = a0.narrow(1, rank_ * own, own).clone().requires_grad_(true);
-    at::Tensor b = b0.narrow(0, rank_ * own, own).clone().requires_grad_(true);
-    const at::Tensor inner = (dealt ? gather_rows(x, group_) : copy_to(x, group_)).matmul(a).pow(2).matmul(b);
-    const at::Tensor y = dealt ? reduce_scatter_rows(inner, group_) : reduce_from(inner, group_);
+    at::Tensor x = placed(x0.narrow(0, first, count)).requires_grad_(true);
+    at::Tensor a = placed(a0.narrow(1, rank_ * own, own)).requires_grad_(true);
+    at::Tensor b = placed(b0.narrow(0, rank_ * own, own)).requires_grad_(true);
+    const at::Tensor inner = (dealt ? gather_rows(x, *group_) : copy_to(x, *group_)).matmul(a).pow(2).matmul(b);
+    const at::Tensor y = dealt ? reduce_scatter_rows(inner, *group_) : reduce_from(inner, *group_);
     const at::Tensor loss = y.pow(2).sum();
     loss.backward();
     const double total = dealt ? everywhere(loss) : loss.item<double>();
@@ -123,21 +136,21 @@ TEST_F(Collectives, TensorParallelPairMatchesFiniteDifferences) {
   }
 }
 
-TEST_F(Collectives, HalfPrecisionGradientsKeepTheirType) {
+TEST_P(Collectives, HalfPrecisionGradientsKeepTheirType) {
   at::Tensor x = filled({2, 3}, at::kBFloat16, rank_).requires_grad_(true);
-  gather_rows(x, group_).sum().backward();
+  gather_rows(x, *group_).sum().backward();
   EXPECT_EQ(x.grad().scalar_type(), at::kBFloat16);
   for (double g : test::values(x.grad())) EXPECT_EQ(g, size_);
 }
 
-TEST_F(Collectives, ARankThatUsesNoRowStillTakesPart) {
+TEST_P(Collectives, ARankThatUsesNoRowStillTakesPart) {
   at::Tensor x = filled({2, 3}, at::kDouble, rank_).requires_grad_(true);
-  const at::Tensor y = gather_rows(x, group_);
+  const at::Tensor y = gather_rows(x, *group_);
   (rank_ == 0 ? y.narrow(0, 0, 0) : y).sum().backward();
   for (double g : test::values(x.grad())) EXPECT_EQ(g, size_ - 1);
 }
 
-TEST_F(Collectives, AloneNothingIsInserted) {
+TEST_P(Collectives, AloneNothingIsInserted) {
   const Mesh alone = Mesh::single();
   Communicator& group = alone.along(Axis::TENSOR);
   at::Tensor x = filled({4, 2}, at::kFloat, 0).requires_grad_(true);
@@ -145,6 +158,9 @@ TEST_F(Collectives, AloneNothingIsInserted) {
                               reduce_from(x, group), all_to_all_rows(x, {4}, {4}, group)})
     EXPECT_TRUE(y.is_same(x));
 }
+
+INSTANTIATE_TEST_SUITE_P(On, Collectives, testing::Values(test::On::HOST, test::On::GPU),
+                         [](const testing::TestParamInfo<test::On>& info) { return test::label_of(info.param); });
 
 }  // namespace
 }  // namespace dsa

@@ -1,4 +1,4 @@
-// Dispatch and combine against plain loops over all tokens of all ranks. The expert is y = tanh(a_e * x), element by
+// Dispatch and combine against plain loops over all tokens of all ranks, on the host and on GPUs. The expert is y = tanh(a_e * x), element by
 // element, whose gradients are written out below.
 #include "parallel/expert_dispatch.h"
 
@@ -13,8 +13,10 @@
 #include <memory>
 #include <set>
 #include <stdexcept>
+#include <tuple>
 
 #include "parallel/mesh.h"
+#include "tests/parallel/devices.h"
 #include "tests/parallel/tensors.h"
 
 namespace dsa {
@@ -66,12 +68,21 @@ Input input_of(const Case& c, int rank, at::ScalarType dtype) {
           filled({N, H}, dtype, 30 + rank)};
 }
 
-class Dispatch : public testing::TestWithParam<int> {  // expert degree
+class Dispatch : public testing::TestWithParam<std::tuple<int, test::On>> {  // expert degree
  protected:
   void SetUp() override {
-    mesh_ = std::make_unique<Mesh>(Degrees{.data = world_size(), .expert = GetParam()}, /*check_calls=*/true);
+    const auto [degree, on] = GetParam();
+    if (on == test::On::GPU && !test::gpu_of_rank()) GTEST_SKIP() << test::kNoGpus;
+    if (on == test::On::GPU) device_ = *test::gpu_of_rank();
+    mesh_ = std::make_unique<Mesh>(Degrees{.data = world_size(), .expert = degree}, /*check_calls=*/true, device_);
     group_ = &mesh_->along(Axis::EXPERT);
   }
+  /// input_of where this mesh computes.
+  Input own_input(const Case& c, at::ScalarType dtype) const {
+    const Input in = input_of(c, group_->rank(), dtype);
+    return {in.experts_NK.to(device_), in.weights_NK.to(device_), in.x_NH.to(device_), in.out_gradient_NH.to(device_)};
+  }
+  at::Device device_ = at::kCPU;
   std::unique_ptr<Mesh> mesh_;
   Communicator* group_ = nullptr;
 };
@@ -87,7 +98,7 @@ at::Tensor run_experts(const at::Tensor& rows_MH, const std::vector<int64_t>& co
 
 TEST_P(Dispatch, RowsStandByExpertThenSourceThenToken) {
   for (const Case& c : kCases) {
-    const Input mine = input_of(c, group_->rank(), at::kDouble);
+    const Input mine = own_input(c, at::kDouble);
     ExpertDispatch dispatch(mine.experts_NK, mine.weights_NK, c.experts, *group_);
     const std::vector<double> rows = test::values(dispatch.dispatch(mine.x_NH));
     const int64_t per_rank = c.experts / group_->size();
@@ -115,16 +126,17 @@ TEST_P(Dispatch, ValuesAndGradientsMatchPlainLoops) {
     const int ranks = group_->size(), rank = group_->rank();
     const int64_t per_rank = c.experts / ranks, K = c.choices;
     const at::Tensor all_a = filled({c.experts, H}, at::kDouble, 5);
-    Input mine = input_of(c, rank, at::kDouble);
-    at::Tensor a = all_a.narrow(0, rank * per_rank, per_rank).clone().requires_grad_(true);
+    Input mine = own_input(c, at::kDouble);
+    at::Tensor a = all_a.narrow(0, rank * per_rank, per_rank).to(device_, at::kDouble, false, /*copy=*/true).requires_grad_(true);
     at::Tensor x = mine.x_NH.requires_grad_(true), w = mine.weights_NK.requires_grad_(true);
     ExpertDispatch dispatch(mine.experts_NK, w, c.experts, *group_);
     const at::Tensor rows = dispatch.dispatch(x);
     const at::Tensor out = dispatch.combine(run_experts(rows, dispatch.rows_per_expert(), a));
     out.mul(mine.out_gradient_NH).sum().backward();
 
-    at::Tensor e_out = at::zeros(x.sizes(), x.options()), e_dx = e_out.clone(), e_dw = at::zeros(w.sizes(), w.options()),
-               e_da = at::zeros(a.sizes(), x.options());
+    const at::TensorOptions host(at::kDouble);
+    at::Tensor e_out = at::zeros(x.sizes(), host), e_dx = e_out.clone(), e_dw = at::zeros(w.sizes(), host),
+               e_da = at::zeros(a.sizes(), host);
     const double* pa = all_a.data_ptr<double>();
     for (int r = 0; r < ranks; ++r) {
       const Input in = input_of(c, r, at::kDouble);
@@ -165,8 +177,8 @@ TEST_P(Dispatch, ValuesAndGradientsMatchPlainLoops) {
 TEST_P(Dispatch, HalfPrecisionAddsInFp32PerRankThenOverRanks) {
   const Case& c = kCases[0];
   const int64_t per_rank = c.experts / group_->size(), K = c.choices;
-  const Input mine = input_of(c, group_->rank(), at::kBFloat16);
-  const at::Tensor scale = filled({c.experts}, at::kBFloat16, 6);
+  const Input mine = own_input(c, at::kBFloat16);
+  const at::Tensor scale = filled({c.experts}, at::kBFloat16, 6).to(device_);
   ExpertDispatch dispatch(mine.experts_NK, mine.weights_NK, c.experts, *group_);
   const at::Tensor rows = dispatch.dispatch(mine.x_NH);
   std::vector<at::Tensor> parts;  // expert e: y = scale_e * x, rounded to bf16
@@ -200,7 +212,7 @@ class Watched final : public Communicator {
  protected:
   at::Tensor do_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send,
                            const std::vector<int64_t>& recv) override {
-    if (x.dim() == 2 && x.size(1) == H) wide_rows.push_back(x.size(0));
+    if (x.is_floating_point() && x.dim() == 2) wide_rows.push_back(x.size(0));
     return inner_.all_to_all(x, send, recv);
   }
   at::Tensor do_all_gather_v(const at::Tensor& x, const std::vector<int64_t>& counts) override {
@@ -230,7 +242,7 @@ TEST_P(Dispatch, OneTokenTravelsOncePerRank) {
       }
     }
     Watched watched(*group_);
-    Input mine = input_of(c, group_->rank(), at::kDouble);
+    Input mine = own_input(c, at::kDouble);
     at::Tensor x = mine.x_NH.requires_grad_(true);
     ExpertDispatch dispatch(mine.experts_NK, mine.weights_NK, c.experts, watched);
     dispatch.combine(dispatch.dispatch(x)).sum().backward();
@@ -242,9 +254,9 @@ TEST_P(Dispatch, OneTokenTravelsOncePerRank) {
 TEST_P(Dispatch, FrozenInputsKeepTheRanksTogether) {
   // Only the experts' parameters learn; a rank without rows has no graph of its own, yet backward must not hang.
   const Case& c = kCases[3];
-  Input mine = input_of(c, group_->rank(), at::kDouble);
+  Input mine = own_input(c, at::kDouble);
   const int64_t per_rank = c.experts / group_->size();
-  at::Tensor a = filled({per_rank, H}, at::kDouble, 5).requires_grad_(true);
+  at::Tensor a = filled({per_rank, H}, at::kDouble, 5).to(device_).requires_grad_(true);
   ExpertDispatch dispatch(mine.experts_NK, mine.weights_NK, c.experts, *group_);
   const at::Tensor rows = dispatch.dispatch(mine.x_NH);
   const at::Tensor out = dispatch.combine(run_experts(rows, dispatch.rows_per_expert(), a));
@@ -255,7 +267,7 @@ TEST_P(Dispatch, FrozenInputsKeepTheRanksTogether) {
 
 TEST_P(Dispatch, WithoutGradModeThereIsNoGraph) {
   at::NoGradGuard no_grad;
-  const Input mine = input_of(kCases[0], group_->rank(), at::kFloat);
+  const Input mine = own_input(kCases[0], at::kFloat);
   ExpertDispatch dispatch(mine.experts_NK, mine.weights_NK, kCases[0].experts, *group_);
   EXPECT_FALSE(dispatch.combine(dispatch.dispatch(mine.x_NH)).requires_grad());
 }
@@ -289,7 +301,11 @@ std::vector<int> legal_degrees() {  // asked after MPI_Init
   return degrees;
 }
 
-INSTANTIATE_TEST_SUITE_P(ExpertDegree, Dispatch, testing::ValuesIn(legal_degrees()));
+INSTANTIATE_TEST_SUITE_P(ExpertDegree, Dispatch,
+                         testing::Combine(testing::ValuesIn(legal_degrees()), testing::Values(test::On::HOST, test::On::GPU)),
+                         [](const testing::TestParamInfo<std::tuple<int, test::On>>& info) {
+                           return std::to_string(std::get<0>(info.param)) + test::label_of(std::get<1>(info.param));
+                         });
 
 }  // namespace
 }  // namespace dsa

@@ -30,7 +30,7 @@ inline at::Tensor filled(std::vector<int64_t> shape, at::ScalarType dtype, uint6
 }
 
 inline std::vector<double> values(const at::Tensor& t) {
-  const at::Tensor d = t.detach().to(at::kDouble).contiguous();
+  const at::Tensor d = t.detach().to(at::kDouble).cpu().contiguous();
   return {d.data_ptr<double>(), d.data_ptr<double>() + d.numel()};
 }
 
