@@ -1,0 +1,244 @@
+// The Hopper kernel of the indexer's loss over selected keys against plain loops in fp64.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+
+#include "kernels/indexer_kl/sparse_params.h"
+#include "kernels/sparse_mla/params.h"
+#include "tests/kernels/cuda/indexer_backward_reference.h"
+#include "tests/kernels/cuda/sparse_mla_reference.h"
+#include "tests/support/cuda_device.h"
+#include "tests/support/cuda_random.h"
+
+namespace dsa::test {
+namespace {
+
+constexpr uint16_t kPoison = 0x7FC0;  // a bf16 NaN
+
+struct Problem {
+  int64_t queries, keys;
+  int heads, k;
+  std::vector<int32_t> indices, lengths;
+  std::vector<float> p, weight;
+  DeviceArray<uint16_t> q, key;
+  DeviceArray<float> w, p_d, weight_d;
+  DeviceArray<int32_t> indices_d, lengths_d;
+
+  Problem(int64_t t, int64_t s, int h, int k_, uint32_t seed, Lists kind = Lists::RANDOM)
+      : queries(t), keys(s), heads(h), k(k_), weight(t), q(t * (h * 128 + 8)), key(s * 136), w(t * (h + 1)), p_d(t * k), weight_d(t),
+        indices_d(t * k), lengths_d(t) {
+    fill_normal_bf16(q.data(), q.size(), seed, 1);
+    fill_normal_bf16(key.data(), key.size(), seed + 1, 1);
+    fill_normal_f32(w.data(), w.size(), seed + 2, 0, 0.02f);
+    make_lists(kind, t, s, k, seed + 3, indices, lengths);
+    std::mt19937 random(seed);
+    for (float& x : weight) x = random() % 4 ? 0.5f + random() % 100 * 0.01f : 0.f;
+    draw_target(seed + 4);
+  }
+  bool counts(int64_t t, int i) const {
+    const int32_t* row = &indices[t * k];
+    return i < lengths[t] && row[i] >= 0 && row[i] < keys && (i == 0 || row[i] > row[i - 1]);
+  }
+  // Uneven, some of it zero; poison where an entry does not count.
+  void draw_target(uint32_t seed) {
+    std::mt19937 random(seed);
+    p.assign(queries * k, NAN);
+    for (int64_t t = 0; t < queries; ++t) {
+      double sum = 0;
+      for (int i = 0; i < k; ++i)
+        if (counts(t, i)) sum += p[t * k + i] = random() % 5 ? std::exp(-4.f * (random() % 1000) * 1e-3f) : 0.f;
+      for (int i = 0; i < k; ++i)
+        if (counts(t, i)) p[t * k + i] = sum > 0 ? p[t * k + i] / sum : i == 0;
+    }
+  }
+  IndexerKlSparseParams params() {
+    const auto copy = [](const auto& to, const auto& from) {
+      cuda::check(cudaMemcpy(to.data(), from.data(), from.size() * 4, cudaMemcpyHostToDevice), "copy to the device");
+    };
+    copy(indices_d, indices), copy(lengths_d, lengths), copy(p_d, p), copy(weight_d, weight);
+    IndexerKlSparseParams x;
+    x.queries = queries, x.keys = keys, x.heads = heads, x.k = k;
+    x.q = q.data(), x.q_stride = heads * 128 + 8, x.key = key.data(), x.k_stride = 136, x.w = w.data(), x.w_stride = heads + 1;
+    x.indices = indices_d.data(), x.indices_stride = k, x.lengths = lengths_d.data(), x.p_sel = p_d.data(), x.p_stride = k;
+    x.loss_scale = 0.25f, x.row_weight = weight_d.data();
+    return x;
+  }
+};
+
+struct Outputs {
+  int64_t queries, rows, keys;
+  DeviceArray<float> kl, target, prediction, dq, dw, dk_sum, dk, amax;
+  DeviceArray<uint16_t> dq_bf16, dk_bf16;
+
+  explicit Outputs(const Problem& x)
+      : queries(x.queries), rows(x.queries * x.heads), keys(x.keys), kl(queries), target(queries), prediction(queries), dq(rows * 128 + 64),
+        dw(rows + 64), dk_sum(keys * 128), dk(keys * 128), amax(1), dq_bf16(rows * 128 + 64), dk_bf16(keys * 128) {}
+  void run(IndexerKlSparseParams p, float quantum, bool bf16 = false) {
+    for (const auto* a : {&kl, &target, &prediction, &dq, &dw, &dk, &amax}) a->fill_bytes(0xFF);
+    dq_bf16.fill_bytes(0xFF), dk_bf16.fill_bytes(0xFF), dk_sum.fill_bytes(0);
+    p.kl = kl.data(), p.entropy_target = target.data(), p.entropy_prediction = prediction.data();
+    p.dq = bf16 ? static_cast<void*>(dq_bf16.data()) : dq.data(), p.dq_bf16 = bf16, p.dw = dw.data(), p.dk_sum = dk_sum.data();
+    p.quantum = quantum;
+    launch_indexer_kl_sparse_sm90(p);
+    launch_indexer_kl_sparse_finish_sm90(dk_sum.data(), keys, bf16 ? static_cast<void*>(dk_bf16.data()) : dk.data(), bf16, amax.data(), nullptr);
+    cuda::check(cudaDeviceSynchronize(), "run indexer_kl over selected keys");
+  }
+  float run_twice(const IndexerKlSparseParams& p) {  // on the quantum that the first run finds
+    run(p, 0);
+    const float quantum = sparse_mla_quantum(amax.host()[0]);
+    run(p, quantum);
+    return quantum;
+  }
+};
+
+class IndexerKlSparse : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!have_device()) {
+      std::puts("no CUDA device");
+      GTEST_SKIP();
+    }
+  }
+
+  static void check(Problem& x, const char* what) {
+    const IndexerKlSparseParams p = x.params();
+    Outputs got(x);
+    const float quantum = got.run_twice(p);
+    if (quantum > 0) EXPECT_TRUE(sparse_mla_quantum_holds(got.amax.host()[0], quantum)) << what;
+    const int64_t rows = got.rows;
+    const DeviceArray<double> dq(rows * 128), dw(rows), dk(x.keys * 128), sums(x.queries * 3), d(x.queries * x.k);
+    reference_indexer_kl_sparse(p, {dq.data(), dw.data(), dk.data()}, sums.data(), d.data());
+    const auto want = sums.host();
+    const std::vector<float> have[3] = {got.kl.host(), got.target.host(), got.prediction.host()};
+    for (int64_t t = 0; t < x.queries; ++t)
+      for (int i = 0; i < 3; ++i)
+        ASSERT_NEAR(have[i][t], want[3 * t + i], 1e-5 + 1e-3 * std::fabs(want[3 * t + i])) << what << " row " << t << " value " << i;
+    const auto error = [](const DeviceArray<float>& a, const DeviceArray<double>& b, int64_t n) {
+      double size = 0;
+      for (const double v : b.host()) size += v * v;
+      if (size > 0) return relative_error(a.data(), b.data(), n);
+      const auto got = a.host();
+      for (int64_t i = 0; i < n; ++i) EXPECT_EQ(got[i], 0);
+      return 0.;
+    };
+    const double dq_error = error(got.dq, dq, rows * 128), dw_error = error(got.dw, dw, rows), dk_error = error(got.dk, dk, x.keys * 128);
+    std::printf("%-44s dq %.1e dw %.1e dk %.1e\n", what, dq_error, dw_error, dk_error);
+    EXPECT_LT(dq_error, 2e-3) << what;
+    EXPECT_LT(dw_error, 2e-3) << what;
+    EXPECT_LT(dk_error, 2e-3) << what;
+    const auto end_dq = got.dq.host(), end_dw = got.dw.host();
+    for (int i = 0; i < 64; ++i) {
+      EXPECT_TRUE(std::isnan(end_dq[rows * 128 + i])) << what << ": written past the end";
+      EXPECT_TRUE(std::isnan(end_dw[rows + i])) << what << ": written past the end";
+    }
+    got.run(p, quantum, true);
+    if (dq_error > 0) EXPECT_LT(relative_error_bf16(got.dq_bf16.data(), dq.data(), rows * 128), 3e-3) << what;
+    if (dk_error > 0) EXPECT_LT(relative_error_bf16(got.dk_bf16.data(), dk.data(), x.keys * 128), 3e-3) << what;
+  }
+};
+
+TEST_F(IndexerKlSparse, MatchesPlainLoops) {
+  for (const int64_t n : {1, 127, 128, 129}) {
+    Problem x(n, n, 64, 64, n);
+    check(x, ("causal, length " + std::to_string(n)).c_str());
+  }
+  struct Case {
+    int64_t t, s;
+    int h, k;
+    Lists kind;
+    const char* what;
+  };
+  for (const Case& c : {Case{20, 5000, 64, 2048, Lists::RANDOM, "64 heads, 2048 of 5000"}, Case{600, 4097, 64, 256, Lists::SHARED, "64 heads, shared, 600 rows"},
+                        Case{50, 900, 8, 320, Lists::RANDOM, "8 heads, odd number of tiles"}, Case{5, 32769, 64, 4096, Lists::LOCAL, "4096 of 32769"},
+                        Case{4097, 4097, 16, 128, Lists::LOCAL, "causal, length 4097, 16 heads"}, Case{9, 2000, 23, 512, Lists::SHARED, "23 heads"}}) {
+    Problem x(c.t, c.s, c.h, c.k, 100 + c.h, c.kind);
+    check(x, c.what);
+  }
+}
+
+TEST_F(IndexerKlSparse, OddListsAndPoisonedNeighbours) {
+  Problem x(40, 800, 64, 256, 17);
+  std::mt19937 random(4);
+  for (int t = 0; t < 40; ++t) {
+    int32_t* row = &x.indices[t * 256];
+    x.lengths[t] = t == 0 ? 0 : t == 1 ? 1 : t == 2 ? 64 : t == 3 ? 65 : 1 + random() % 256;
+    for (int i = x.lengths[t]; i < 256; ++i) row[i] = t % 2 ? -1 : 2000000000;  // never read
+    if (t == 5) for (int i = 0; i < x.lengths[t]; ++i) row[i] = -1;             // no key at all
+    if (t == 6) row[x.lengths[t] - 1] = 800;                                    // just out of range
+    if (t == 7) row[0] = -5;
+    if (t == 8 && x.lengths[t] > 10) row[10] = row[9];                          // a key twice counts once
+    for (int i = 0; i < x.lengths[t]; ++i) if (row[i] % 3 == 0) row[i] = -1;    // every third key is listed by nobody
+  }
+  x.draw_target(5);
+  std::vector<uint16_t> key = x.key.host();
+  for (int64_t s = 0; s < x.keys; s += 3) for (int c = 0; c < 128; ++c) key[s * 136 + c] = kPoison;
+  cuda::check(cudaMemcpy(x.key.data(), key.data(), key.size() * 2, cudaMemcpyHostToDevice), "copy to the device");
+  check(x, "odd lists, poisoned neighbours");
+}
+
+TEST_F(IndexerKlSparse, OneKeyGivesNoLossAndNoGradient) {
+  Problem x(6, 300, 64, 64, 23);
+  for (int32_t& n : x.lengths) n = 1;
+  for (int64_t t = 0; t < 6; ++t) x.p[t * 64] = 0.999f;  // a target that does not quite sum to 1
+  Outputs got(x);
+  got.run(x.params(), 0);
+  for (const float v : got.kl.host()) EXPECT_EQ(v, 0);
+  const auto dq = got.dq.host();
+  for (int64_t i = 0; i < got.rows * 128; ++i) ASSERT_EQ(dq[i], 0);
+  for (const float v : got.dk.host()) ASSERT_EQ(v, 0);
+}
+
+TEST_F(IndexerKlSparse, LargeScores) {  // the softmax is nearly one-hot, p is far from it
+  Problem x(30, 3000, 64, 512, 31);
+  fill_normal_f32(x.w.data(), x.w.size(), 5, 0, 1);
+  check(x, "scores of hundreds");
+}
+
+TEST_F(IndexerKlSparse, RepeatsBitForBit) {
+  Problem x(600, 2000, 64, 512, 19, Lists::SHARED);
+  const IndexerKlSparseParams p = x.params();
+  Outputs got(x);
+  const float quantum = got.run_twice(p);
+  ASSERT_TRUE(sparse_mla_quantum_holds(got.amax.host()[0], quantum));
+  const auto dk = got.dk_sum.host(), dq = got.dq.host(), dw = got.dw.host(), kl = got.kl.host();
+  const auto same = [](const std::vector<float>& a, const std::vector<float>& b) { return !std::memcmp(a.data(), b.data(), a.size() * 4); };
+  for (int i = 0; i < 1000; ++i) {
+    got.run(p, quantum);
+    ASSERT_TRUE(same(got.dk_sum.host(), dk)) << "run " << i;
+    if (i > 20 && i % 10) continue;
+    ASSERT_TRUE(same(got.dq.host(), dq)) << "run " << i;
+    ASSERT_TRUE(same(got.dw.host(), dw)) << "run " << i;
+    ASSERT_TRUE(same(got.kl.host(), kl)) << "run " << i;
+  }
+  // Rows in another order add in another order: the same sums.
+  std::vector<int32_t> order(600);
+  for (int t = 0; t < 600; ++t) order[t] = (t * 7 + 3) % 600;
+  IndexerKlSparseParams one = p;
+  got.dk_sum.fill_bytes(0);
+  one.queries = 1, one.quantum = quantum, one.dq = got.dq.data(), one.dq_bf16 = false, one.dw = got.dw.data(), one.dk_sum = got.dk_sum.data();
+  for (const int t : order) {
+    one.q = x.q.data() + t * p.q_stride, one.w = x.w.data() + t * p.w_stride, one.indices = p.indices + t * p.indices_stride;
+    one.lengths = p.lengths + t, one.p_sel = p.p_sel + t * p.p_stride, one.row_weight = p.row_weight + t;
+    launch_indexer_kl_sparse_sm90(one);
+  }
+  ASSERT_TRUE(same(got.dk_sum.host(), dk));
+  got.run(p, quantum / 64);  // a quantum too small for these sums is noticed
+  EXPECT_FALSE(sparse_mla_quantum_holds(got.amax.host()[0], quantum / 64));
+}
+
+TEST_F(IndexerKlSparse, RefusesWithAReason) {
+  Problem x(2, 100, 8, 64, 37);
+  IndexerKlSparseParams p = x.params();
+  const char* why = nullptr;
+  EXPECT_TRUE(sm90_supports(p, &why));
+  p.k = 65;
+  EXPECT_FALSE(sm90_supports(p, &why));
+  p.k = 64, p.quantum = 3;
+  EXPECT_THROW(launch_indexer_kl_sparse_sm90(p), std::runtime_error);
+}
+
+}  // namespace
+}  // namespace dsa::test
