@@ -1,10 +1,24 @@
-// dsa_bench SUITE [--json FILE] [--only TEXT] [--quick]     SUITE: indexer, topk, sparse_mla
+// dsa_bench SUITE [--json FILE] [--only TEXT] [--quick]
 #include <cstdio>
 #include <cstring>
 #include <exception>
 
 #include "tests/bench/bench.h"
 #include "tests/support/cuda_device.h"
+
+namespace {
+
+struct Suite {
+  const char* name;
+  void (*run)(const dsa::bench::Options&, dsa::bench::Report&);
+};
+const Suite kSuites[] = {{"indexer", dsa::bench::run_indexer_suite},
+                         {"indexer_backward", dsa::bench::run_indexer_backward_suite},
+                         {"indexer_kl", dsa::bench::run_indexer_kl_suite},
+                         {"topk", dsa::bench::run_topk_suite},
+                         {"sparse_mla", dsa::bench::run_sparse_mla_suite}};
+
+}  // namespace
 
 int main(int argc, char** argv) try {
   dsa::bench::Options options;
@@ -15,8 +29,13 @@ int main(int argc, char** argv) try {
     else if (!std::strcmp(argv[i], "--only") && i + 1 < argc) options.only = argv[++i];
     else suite = "";
   }
-  if (suite != "indexer" && suite != "topk" && suite != "sparse_mla") {
-    std::fprintf(stderr, "usage: dsa_bench indexer|topk|sparse_mla [--json FILE] [--only TEXT] [--quick]\n");
+  const Suite* chosen = nullptr;
+  for (const Suite& s : kSuites)
+    if (suite == s.name) chosen = &s;
+  if (!chosen) {
+    std::fprintf(stderr, "usage: dsa_bench SUITE [--json FILE] [--only TEXT] [--quick]   SUITE:");
+    for (const Suite& s : kSuites) std::fprintf(stderr, " %s", s.name);
+    std::fprintf(stderr, "\n");
     return 2;
   }
   if (!dsa::test::have_device()) {
@@ -24,9 +43,7 @@ int main(int argc, char** argv) try {
     return 0;
   }
   dsa::bench::Report report;
-  (suite == "indexer" ? dsa::bench::run_indexer_suite
-   : suite == "topk"  ? dsa::bench::run_topk_suite
-                      : dsa::bench::run_sparse_mla_suite)(options, report);
+  chosen->run(options, report);
   if (!json.empty()) report.write_json(json);
   return 0;
 } catch (const std::exception& e) {

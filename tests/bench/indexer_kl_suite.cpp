@@ -1,0 +1,87 @@
+// The indexer's loss of the dense warm-up, 128 heads. TFLOP/s of 2 * pairs * 128 * 192. Goal: 0.9 s for 131,072 tokens.
+// Floors: 787 TFLOP/s (cuBLAS, bf16, 8192^3), measured on an H100 80GB.
+#include <cmath>
+#include <cstdio>
+#include <string>
+
+#include "kernels/indexer_kl/params.h"
+#include "tests/bench/bench.h"
+#include "tests/support/cuda_device.h"
+#include "tests/support/cuda_random.h"
+
+namespace dsa::bench {
+namespace {
+
+using test::DeviceArray;
+
+constexpr int kHeads = 128;
+
+struct Attention {
+  std::vector<int32_t> ends;
+  DeviceArray<uint16_t> q, k;
+  DeviceArray<int32_t> end;
+  DeviceArray<float> lse;
+  DeviceArray<uint8_t> workspace;
+
+  static std::vector<int32_t> causal_ends(int64_t rows, int64_t keys) {
+    std::vector<int32_t> out(rows);
+    for (int64_t t = 0; t < rows; ++t) out[t] = static_cast<int32_t>(keys - rows + t + 1);
+    return out;
+  }
+  // Scores of N(0,1): their log-sum-exp over n keys is about log n + 1/2.
+  static std::vector<float> usual_lse(const std::vector<int32_t>& ends) {
+    std::vector<float> out;
+    for (const int32_t n : ends) out.insert(out.end(), kHeads, std::log(static_cast<float>(n)) + 0.5f);
+    return out;
+  }
+
+  Attention(int64_t rows, int64_t keys)
+      : ends(causal_ends(rows, keys)), q(rows * kHeads * 192), k(keys * kHeads * 192), end(ends), lse(usual_lse(ends)),
+        workspace(static_cast<int64_t>(dense_kl_workspace_bytes(rows, keys))) {
+    test::fill_normal_bf16(q.data(), q.size(), 1);
+    test::fill_normal_bf16(k.data(), k.size(), 2);
+  }
+
+  AttentionMassParams params() const {
+    AttentionMassParams p;
+    p.queries = static_cast<int64_t>(ends.size()), p.keys = ends.back(), p.heads = kHeads;
+    p.scale = 1 / std::sqrt(192.f);
+    p.q = q.data(), p.q_stride = kHeads * 192, p.q_head_stride = 192;
+    p.k = k.data(), p.k_stride = kHeads * 192, p.k_head_stride = 192;
+    p.k_rope = k.data() + 128, p.k_rope_stride = p.k_stride;
+    p.lse = lse.data(), p.lse_stride = kHeads, p.lse_head_stride = 1;
+    p.end = end.data();
+    p.workspace = workspace.data(), p.workspace_bytes = workspace.size();
+    return p;
+  }
+};
+
+double causal_pairs(double rows, double keys) { return rows * (keys - rows) + rows * (rows + 1) / 2; }
+constexpr double kTargetFlop = 2. * kHeads * 192;
+
+bool wanted(const Options& options, const std::string& name) { return name.find(options.only) != std::string::npos; }
+
+void bench_target(int64_t rows, int64_t keys, const Options& options, Report& report) {
+  const std::string name = "dense KL target and loss, " + std::to_string(rows) + " x " + std::to_string(keys);
+  if (!wanted(options, name)) return;
+  const Attention attention(rows, keys);
+  const DeviceArray<float> logits(rows * keys), values(4 * rows);
+  const DeviceArray<uint16_t> dI(rows * keys);
+  test::fill_normal_f32(logits.data(), logits.size(), 3);
+  DenseKlRows r;
+  r.all_heads = kHeads;
+  r.logits = logits.data(), r.logits_stride = keys, r.dI = dI.data(), r.dI_stride = keys;
+  r.kl = values.data(), r.entropy_target = r.kl + rows, r.entropy_prediction = r.kl + 2 * rows, r.recall = r.kl + 3 * rows;
+  const double ms = cold_milliseconds([&] { launch_dense_kl_sm90(attention.params(), r); }, keys > 32768 ? 3 : 9);
+  const double flop = causal_pairs(rows, keys) * kTargetFlop;
+  // 900 ms for a whole sequence of 131,072
+  report.add({name, ms, flop / ms * 1e-9, "TFLOP/s", flop / 787e9, 0, keys == 131072 ? causal_pairs(keys, keys) * kTargetFlop / 0.9e12 : 0});
+}
+
+}  // namespace
+
+void run_indexer_kl_suite(const Options& options, Report& report) {
+  for (const int64_t keys : {4096, 8192, 32768, 131072}) bench_target(4096, keys, options, report);
+}
+
+}  // namespace dsa::bench
