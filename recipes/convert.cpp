@@ -39,6 +39,8 @@ void visit_fields(AnyRecipe& r, Visitor&& visit) {
   visit("optimizer.weight_decay", r.optimizer.weight_decay);
   visit("optimizer.decay_norms", r.optimizer.decay_norms);
   visit("optimizer.clip", r.optimizer.clip);
+  visit("optimizer.moments", r.optimizer.moments);
+  visit("optimizer.offload", r.optimizer.offload);
   visit("schedule.steps", r.schedule.steps);
   visit("schedule.warmup_steps", r.schedule.warmup_steps);
   visit("schedule.decay", r.schedule.decay);
@@ -51,6 +53,7 @@ void visit_fields(AnyRecipe& r, Visitor&& visit) {
   visit("parallel.tensor", r.parallel.tensor);
   visit("parallel.context", r.parallel.context);
   visit("parallel.expert", r.parallel.expert);
+  visit("parallel.deadline", r.parallel.deadline);
   visit("compute.precision", r.compute.precision);
   visit("compute.recompute", r.compute.recompute);
   visit("compute.query_block", r.compute.query_block);
@@ -149,6 +152,7 @@ static_assert(static_cast<int>(Precision::FP64) == proto::Compute::FP64);
 static_assert(static_cast<int>(DeviceKind::CPU) == proto::Compute::CPU);
 static_assert(static_cast<int>(DeviceKind::GPU) == proto::Compute::GPU);
 static_assert(static_cast<int>(Recompute::LAYER) == proto::Compute::LAYER);
+static_assert(static_cast<int>(Moments::BF16) == proto::Optimizer::BF16);
 static_assert(static_cast<int>(MtpHidden::PRE_NORM) == proto::Loss::PRE_NORM);
 static_assert(static_cast<int>(Decay::COSINE) == proto::Schedule::COSINE);
 static_assert(static_cast<int>(Decay::LINEAR) == proto::Schedule::LINEAR);

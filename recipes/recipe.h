@@ -16,6 +16,7 @@ enum class StageKind { PRETRAIN, WARMUP, SPARSE };
 enum class Precision { FP32, BF16, FP64 };
 enum class DeviceKind { AUTO, CPU, GPU };
 enum class Recompute { NONE, LAYER };
+enum class Moments { FP32, BF16 };
 enum class MtpHidden { POST_NORM, PRE_NORM };
 enum class Decay { CONSTANT, COSINE, LINEAR };
 
@@ -66,6 +67,8 @@ struct Recipe {
     double weight_decay = 0.1;
     bool decay_norms = false;  // also decay norm weights and biases
     double clip = 1.0;         // largest gradient norm, of backbone and indexers each on its own; 0 = no clipping
+    Moments moments = Moments::FP32;
+    bool offload = false;  // master weights and moments in host memory
   } optimizer;
 
   struct Schedule {
@@ -87,6 +90,7 @@ struct Recipe {
     int64_t tensor = 1;
     int64_t context = 1;
     int64_t expert = 1;
+    int64_t deadline = 600;  // seconds to wait for another rank
   } parallel;
 
   struct Compute {

@@ -35,6 +35,7 @@ void check_ranges(Checker& check, const Recipe& r) {
   check.at_least<int64_t>("parallel.tensor", r.parallel.tensor, 1);
   check.at_least<int64_t>("parallel.context", r.parallel.context, 1);
   check.at_least<int64_t>("parallel.expert", r.parallel.expert, 1);
+  check.at_least<int64_t>("parallel.deadline", r.parallel.deadline, 1);
   check.at_least<int64_t>("compute.query_block", r.compute.query_block, 1);
   check.at_least("compute.threads", r.compute.threads, 0);
   check.at_least<int64_t>("checkpoint.every", r.checkpoint.every, 1);
@@ -76,6 +77,12 @@ void check_schedule(Checker& check, const Recipe& r) {
     check.add("schedule.final_lr", fmt::format("{} exceeds {}", check.show("schedule.final_lr"), check.show("optimizer.lr")),
               "a decay ends below the peak");
   }
+}
+
+void check_optimizer(Checker& check, const Recipe& r) {
+  if (r.optimizer.moments == Moments::BF16 && r.compute.precision == Precision::FP64)
+    check.add("optimizer.moments", check.show("optimizer.moments") + " contradicts " + check.show("compute.precision"),
+              "remove it: fp64 runs keep fp64 moments");
 }
 
 void check_batch(Checker& check, const Recipe& r) {
@@ -159,6 +166,7 @@ std::vector<Problem> find_contradictions(const ResolvedRecipe& resolved, const s
   Checker check(resolved);
   if (!unread.contains("schedule.decay")) check_schedule(check, resolved.recipe);
   check_batch(check, resolved.recipe);
+  check_optimizer(check, resolved.recipe);
   if (!unread.contains("data.held_out")) check_evaluation(check, resolved.recipe);
   check_start(check, resolved.recipe);
   if (!unread.contains("stage")) check_effect(check, resolved);

@@ -1,6 +1,6 @@
 // dsatrain: the one program. Parses the command line, runs a subcommand, and is the only place that catches and exits:
-//   0 done   2 recipe or command line   3 input or checkpoint refused   65 non-finite   70 internal   74 cannot save
-//   75 stopped on request, state saved
+//   0 done   2 recipe or command line   3 input or checkpoint refused   4 out of device memory   65 non-finite
+//   70 internal   71 a rank died or hangs   74 cannot save   75 stopped on request, state saved
 #include <CLI/CLI.hpp>
 
 #include <cstdio>

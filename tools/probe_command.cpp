@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "data/error.h"
+#include "parallel/device.h"
 #include "parallel/mesh.h"
 #include "tools/commands.h"
 #include "tools/launch.h"
@@ -17,7 +18,7 @@ namespace {
 
 struct Arguments {
   ProbeOptions options;
-  std::string attention, dtype;
+  std::string attention, dtype, device = "cpu";
   Degrees degrees;
 };
 
@@ -33,7 +34,8 @@ int run_probe(Arguments a, int* argc, char*** argv) {
       throw InputError("cannot write " + a.options.out, "there is no folder " + folder.string(), "create it first");
     const int world = mpi ? mpi->size() : 1, sequence = a.degrees.tensor * a.degrees.context;
     a.degrees.data = std::max(world / sequence, 1);
-    Mesh mesh(a.degrees);
+    const at::Device device = a.device == "gpu" ? open_gpu(launched_local_rank(), launched_local_size()) : at::kCPU;
+    Mesh mesh(a.degrees, /*check_calls=*/false, device);
     probe(a.options, mesh);
     if (mesh.rank() == 0) std::printf("wrote %s\n", a.options.out.c_str());
     return 0;
@@ -53,6 +55,7 @@ void add_probe_command(CLI::App& app, std::function<int()>& run, int* argc, char
   c->add_option("--dtype", a->dtype, "fp64, fp32 or bf16")->required()->check(CLI::IsMember({"fp64", "fp32", "bf16"}));
   c->add_option("--out", o.out, "safetensors file to write; must not exist")->required();
   c->add_flag("--gradients", o.gradients, "also the gradients of the LM loss and of the indexer's loss");
+  c->add_option("--device", a->device, "cpu (default) or gpu, one rank a GPU")->check(CLI::IsMember({"cpu", "gpu"}));
   c->add_option("--tensor", a->degrees.tensor, "tensor-parallel degree (under mpirun)");
   c->add_option("--context", a->degrees.context, "context-parallel degree (under mpirun)");
   c->add_option("--expert", a->degrees.expert, "expert-parallel degree (under mpirun)");

@@ -1,3 +1,5 @@
+#include <c10/util/Exception.h>
+
 #include <chrono>
 #include <cstdio>
 #include <exception>
@@ -7,6 +9,7 @@
 #include <utility>
 
 #include "data/error.h"
+#include "parallel/communication_failure.h"
 #include "parallel/mesh.h"
 #include "recipes/error.h"
 #include "tools/commands.h"
@@ -28,6 +31,11 @@ std::pair<std::string, int> describe_current() {
     return {std::string("error: ") + e.what(), 3};
   } catch (const RunFailure& e) {
     return {std::string("error: ") + e.what(), e.exit_code()};
+  } catch (const c10::OutOfMemoryError& e) {
+    return {std::string("error: the device's memory does not suffice (") + e.what_without_backtrace() +
+                ") give it less at a time, or more devices", kExitOutOfMemory};
+  } catch (const CommunicationFailure& e) {
+    return {std::string("error: ") + e.what(), kExitCommunication};
   } catch (const std::exception& e) {
     return {std::string("internal error: ") + e.what(), 70};
   }

@@ -5,6 +5,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -44,17 +45,20 @@ int run_train(const std::string& path, const std::vector<std::string>& sets, int
   if (refused) return refused;
   const Recipe& r = recipe->recipe;
   at::set_num_threads(threads_of_rank(r.compute.threads));
-  MpiSession mpi(argc, argv);
-  return report_errors_under_mpi(mpi.rank(), [&] {
+  // A process that was started alone needs no MPI, nor what MPI needs of the machine.
+  std::unique_ptr<MpiSession> mpi;
+  if (launched_size() > 1) mpi = std::make_unique<MpiSession>(argc, argv);
+  const auto work = [&] {
     Degrees degrees;
     degrees.tensor = static_cast<int>(r.parallel.tensor);
     degrees.context = static_cast<int>(r.parallel.context);
     degrees.expert = static_cast<int>(r.parallel.expert);
-    degrees.data = mpi.size() / (degrees.tensor * degrees.context);
-    Mesh mesh(degrees, /*check_calls=*/false, device_of_rank(r.compute.device));
+    degrees.data = (mpi ? mpi->size() : 1) / (degrees.tensor * degrees.context);
+    Mesh mesh(degrees, /*check_calls=*/false, device_of_rank(r.compute.device), std::chrono::seconds(r.parallel.deadline));
     Trainer(*recipe, mesh).run();
     return 0;
-  });
+  };
+  return mpi ? report_errors_under_mpi(mpi->rank(), work) : report_errors(work);
 }
 
 }  // namespace
@@ -72,8 +76,8 @@ void add_train_command(CLI::App& app, std::function<int()>& run, int* argc, char
       "Run the same command again to resume from the newest checkpoint of run.folder. SIGUSR1 to mpirun saves and stops, as\n"
       "does SIGTERM to the ranks (mpirun itself gives them a second after SIGTERM; set --mca odls_base_sigkill_timeout).\n"
       "Every field: recipes/recipe.proto; what a recipe amounts to: dsatrain recipe RECIPE.\n"
-      "Exit status: 0 done, 2 recipe, 3 input or checkpoint refused, 65 gradients not finite, 74 cannot save,\n"
-      "75 stopped on request and saved, 70 internal error.");
+      "Exit status: 0 done, 2 recipe, 3 input or checkpoint refused, 4 out of device memory, 65 gradients not finite,\n"
+      "70 internal error, 71 a rank died or hangs, 74 cannot save, 75 stopped on request and saved.");
   c->callback([=, &run] { run = [=] { return run_train(*path, *sets, argc, argv); }; });
 }
 

@@ -1,5 +1,6 @@
 #include "trainer/initialise.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/GradMode.h>
 
@@ -10,6 +11,8 @@
 
 namespace dsa {
 namespace {
+
+constexpr int64_t kGrain = 4096;  // elements that are worth a thread
 
 // splitmix64 (Steele, Lea, Flood 2014): a bijective mix of 64 bits.
 uint64_t mix(uint64_t x) {
@@ -39,8 +42,10 @@ void fill_box(const ShardSpec& box, T* out, auto&& value_at) {
   const bool vector = box.extent.size() == 1;
   const int64_t rows = vector ? 1 : box.extent[0], columns = box.extent.back();
   const int64_t row0 = vector ? 0 : box.offset[0], column0 = box.offset.back(), stride = box.global_shape.back();
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) *out++ = static_cast<T>(value_at((row0 + r) * stride + column0 + c));
+  at::parallel_for(0, rows * columns, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      out[i] = static_cast<T>(value_at((row0 + i / columns) * stride + column0 + i % columns));
+  });
 }
 
 bool ends_with(const std::string& s, const std::string& tail) { return s.size() >= tail.size() && s.ends_with(tail); }

@@ -6,7 +6,8 @@
 //
 // Parameters of one (gradient axis, group, dtype) form a bucket. In a group of n ranks each takes the rows
 // rows_of(n) of every parameter, so that master weights and moments are boxes of logical tensors: a checkpoint of
-// any mesh loads in any other. Master weights, moments and gradient sums are fp32 (fp64 in fp64 runs).
+// any mesh loads in any other. Master weights, moments and gradient sums are fp32 (fp64 in fp64 runs); the moments may
+// be kept rounded to bf16. Everything lies on the mesh's device, or, offloaded, in host memory but for the gradients.
 #pragma once
 
 #include <functional>
@@ -25,6 +26,14 @@ struct AdamOptions {
   double beta1 = 0.9, beta2 = 0.95, eps = 1e-20, weight_decay = 0.1;
   bool decay_norms = false;
   double clip = 1.0;  // of each group; 0 = no clipping
+  bool bf16_moments = false;  // not in fp64 runs
+  bool offload = false;       // master weights and moments in host memory, updated there
+};
+
+// This rank's boxes of the state. Their memory is `memory`, which on a CPU is the optimizer's own.
+struct OptimizerState {
+  std::vector<StateShard> shards;
+  std::vector<at::Tensor> memory;
 };
 
 struct GradientNorms {
@@ -49,8 +58,10 @@ class ShardedAdamW {
   // From a checkpoint of any mesh; `progress` hears the bytes read. Collective.
   void load(const CheckpointReader& checkpoint, const std::function<void(int64_t)>& progress);
 
-  // This rank's boxes of the master weights and both moments. The memory stays this object's.
-  std::vector<StateShard> state() const;
+  // This rank's boxes of the master weights and both moments, copied to the host from where they lie.
+  OptimizerState state() const;
+  // What lies on the device, bytes: gradients, master weights and moments.
+  int64_t device_bytes() const;
 
   int64_t steps() const { return steps_; }
   void set_steps(int64_t steps) { steps_ = steps; }
@@ -72,9 +83,15 @@ class ShardedAdamW {
     at::ScalarType dtype;
     std::vector<Piece> pieces;         // decayed ones first
     int64_t length = 0, decayed = 0;   // of one rank's part; of this rank's decayed elements
-    at::Tensor sum, gradient, master, moment1, moment2;  // [ranks * length], then [length] each
+    // [ranks * length], then [length] each. A rank that is alone in its group needs one of sum and gradient at a time:
+    // reduce() makes the one the other.
+    at::Tensor sum, gradient, master, moment1, moment2;
   };
-  StateShard shard(const Bucket& bucket, const Piece& piece, Role role, const at::Tensor& flat) const;
+  template <class Body>
+  static void for_each_part(const Bucket& bucket, const Body& body);
+  // `host`: where the box's elements lie, laid out as the bucket's flat tensors.
+  StateShard shard(const Bucket& bucket, const Piece& piece, Role role, const at::Tensor& host) const;
+  void update(Bucket& bucket, int64_t first, int64_t count, double decay, double rate) const;
   void publish(Bucket& bucket) const;
 
   Mesh& mesh_;

@@ -127,7 +127,7 @@ class Results {
  public:
   Results(const TokenBatch& batch, int64_t tokens, Mesh& mesh) : b_(batch), tokens_(tokens), mesh_(mesh) {}
 
-  void put(const std::string& name, const at::Tensor& t) { tensors_[name] = t.detach().contiguous(); }
+  void put(const std::string& name, const at::Tensor& t) { tensors_[name] = t.detach().cpu().contiguous(); }
   // Local rows over `axis` -> [B, T, ...], padding dropped.
   at::Tensor natural(const at::Tensor& rows, Axis axis) {
     const at::Tensor all = b_.stream(mesh_.along(axis).all_gather(rows.detach()));
@@ -169,7 +169,7 @@ at::Tensor own_sequence(const at::Tensor& scores_BTS, int64_t length, int64_t to
 }
 
 at::Tensor mask_of(const at::Tensor& topk_BTK, int64_t length, int64_t tokens) {
-  at::Tensor mask = at::zeros({topk_BTK.size(0), tokens, tokens + 1}, at::TensorOptions().dtype(at::kByte));
+  at::Tensor mask = at::zeros({topk_BTK.size(0), tokens, tokens + 1}, topk_BTK.options().dtype(at::kByte));
   for (int64_t b = 0; b < mask.size(0); ++b) {
     const at::Tensor keys = topk_BTK[b].to(at::kLong);
     mask[b].scatter_(1, (keys - b * length).masked_fill(keys < 0, tokens), 1);  // the last column takes what is none

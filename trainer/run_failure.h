@@ -15,6 +15,7 @@ class RunFailure : public std::runtime_error {
   int exit_code_;
 };
 
+inline constexpr int kExitOutOfMemory = 4;        // the device's memory does not suffice
 inline constexpr int kExitNonFinite = 65;         // too many steps with a NaN or Inf in a row
 inline constexpr int kExitCannotCheckpoint = 74;  // too many failed saves in a row
 inline constexpr int kExitPreempted = 75;         // asked to stop; the state is saved: run again

@@ -1,23 +1,14 @@
 #include "trainer/step_summary.h"
 
 #include <ATen/ops/from_blob.h>
-#include <sys/resource.h>
 
 #include <algorithm>
 
+#include "trainer/device_memory.h"
 #include "trainer/router_bias.h"
 #include "trainer/starting_point.h"
 
 namespace dsa {
-namespace {
-
-int64_t peak_memory_bytes() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return usage.ru_maxrss * 1024;
-}
-
-}  // namespace
 
 std::vector<double> sum_over(Communicator& group, std::vector<double> numbers) {
   const at::Tensor mine = at::from_blob(numbers.data(), {static_cast<int64_t>(numbers.size())}, at::kDouble);
@@ -55,7 +46,7 @@ StepReport summarise(const ModelReport& report, const std::vector<int64_t>& targ
   if (targets.size() > 1) r.mtp_loss = numbers[1] / static_cast<double>(std::max<int64_t>(targets[1], 1));
   if (recipe.stage != StageKind::WARMUP) r.grad_norm_backbone = norms.backbone;
   r.expert_load_max_over_mean = expert_load_max_over_mean(report, mesh);
-  r.memory_bytes = static_cast<int64_t>(max_over(mesh.along(Axis::WORLD), static_cast<double>(peak_memory_bytes())));
+  r.memory_bytes = static_cast<int64_t>(max_over(mesh.along(Axis::WORLD), static_cast<double>(peak_memory_bytes(mesh.device()))));
   if (recipe.stage == StageKind::PRETRAIN) return r;
   for (size_t l = 0; l < report.layers.size(); ++l) {
     const double* n = numbers.data() + 2 + 5 * l;

@@ -1,15 +1,22 @@
 #include "trainer/trainer.h"
 
+#include <ATen/Parallel.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <fmt/format.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <chrono>
 #include <csignal>
+#include <map>
+#include <utility>
 
 #include "data/hf_names.h"
+#include "parallel/device.h"
 #include "recipes/validate.h"
 #include "trainer/checkpoint/run_lock.h"
 #include "trainer/checkpoint/save.h"
+#include "trainer/device_memory.h"
 #include "trainer/initialise.h"
 #include "trainer/lr_schedule.h"
 #include "trainer/metrics/progress.h"
@@ -37,10 +44,35 @@ at::ScalarType dtype_of(Precision p) {
 }
 
 AdamOptions adam_options(const Recipe::Optimizer& o) {
-  return {o.beta1, o.beta2, o.eps, o.weight_decay, o.decay_norms, o.clip};
+  return {o.beta1, o.beta2, o.eps, o.weight_decay, o.decay_norms, o.clip, o.moments == Moments::BF16, o.offload};
+}
+
+// Waits for what was queued on a GPU, so that host clocks mean something.
+void synchronise(at::Device device) {
+  if (!device.is_cpu()) c10::impl::getDeviceGuardImpl(device.type())->synchronizeDevice(device.index());
+}
+
+// Of this rank: the GPU, or the cores that it may use.
+std::string describe_device(at::Device device) {
+  cpu_set_t visible;
+  CPU_ZERO(&visible);
+  sched_getaffinity(0, sizeof visible, &visible);
+  return fmt::format("{}, {} threads on {} visible cores", device.is_cpu() ? "CPU" : describe_gpu(device), at::get_num_threads(),
+                     CPU_COUNT(&visible));
 }
 
 }  // namespace
+
+template <class Work>
+auto Trainer::within_memory(const std::string& activity, const Work& work) {
+  try {
+    return work();
+  } catch (const c10::OutOfMemoryError& e) {
+    MemoryUse use{activity, 0, optimizer_ ? optimizer_->device_bytes() : 0, peak_memory_bytes(mesh_.device())};
+    for (const Parameter& p : model_.parameters().parameters) use.parameter_bytes += static_cast<int64_t>(p.value.nbytes());
+    throw out_of_memory(e.what_without_backtrace(), use, recipe_);
+  }
+}
 
 Trainer::Trainer(const ResolvedRecipe& recipe, Mesh& mesh)
     : resolved_(recipe),
@@ -54,15 +86,18 @@ Trainer::Trainer(const ResolvedRecipe& recipe, Mesh& mesh)
                              recipe_.loss.mtp_hidden == MtpHidden::PRE_NORM}, mesh),
       born_(now()) {
   if (start_.resume) check_continues(*start_.resume, recipe_, start_.config, *dataset_);
-  mesh_.along(Axis::WORLD).barrier();  // every rank has checked everything before the folder is touched
+  // Also a barrier: every rank has checked everything before the folder is touched.
+  const std::vector<std::string> devices = mesh_.along(Axis::WORLD).all_gather_text(describe_device(mesh_.device()));
   if (mesh_.rank() == 0) {
     lock_ = std::make_unique<RunLock>(recipe_.run.folder);
     console_ = std::make_unique<Console>(stdout, recipe_.run.log_every);
-    announce();
+    announce(devices);
   }
   model_.parameters().set_trainable(ParameterGroup::BACKBONE, recipe_.stage != StageKind::WARMUP);
   model_.parameters().set_trainable(ParameterGroup::INDEXER, true);
-  optimizer_ = std::make_unique<ShardedAdamW>(model_.parameters(), mesh_, adam_options(recipe_.optimizer));
+  optimizer_ = within_memory("setting up", [&] {
+    return std::make_unique<ShardedAdamW>(model_.parameters(), mesh_, adam_options(recipe_.optimizer));
+  });
   std::optional<Progress> loading;
   if (mesh_.rank() == 0) loading.emplace("load", 0, "bytes");
   const auto loaded = [&](int64_t bytes) { if (loading) loading->add(bytes); };
@@ -122,6 +157,7 @@ StepReport Trainer::step(int64_t number) {
   result.skipped_total = skipped_;
   result.tokens_total = number * tokens;
   result.data_seconds = loaded - begin;
+  synchronise(mesh_.device());
   result.step_seconds = now() - begin;
   result.tokens_per_second = static_cast<double>(tokens) / result.step_seconds;
   return result;
@@ -163,14 +199,17 @@ void Trainer::save(int64_t number) {
   state.base_digest = start_.base_digest;
   state.conventions = std::string("indexer rope half-split, hadamard ") + (recipe_.model.indexer.hadamard ? "yes" : "no");
 
-  std::vector<StateShard> shards = optimizer_->state();
+  OptimizerState tensors = optimizer_->state();
   if (start_.base_path.empty() && mesh_.rank() == 0)
-    for (const Buffer& b : model_.parameters().buffers)
-      shards.push_back({Role::BUFFER, whole(b.name, {b.value.numel()}),
-                        b.value.scalar_type() == at::kDouble ? Dtype::F64 : Dtype::F32, b.value.data_ptr()});
+    for (const Buffer& b : model_.parameters().buffers) {
+      tensors.memory.push_back(b.value.cpu());
+      tensors.shards.push_back({Role::BUFFER, whole(b.name, {b.value.numel()}),
+                                b.value.scalar_type() == at::kDouble ? Dtype::F64 : Dtype::F32,
+                                tensors.memory.back().data_ptr()});
+    }
   std::optional<Progress> saving;
   if (mesh_.rank() == 0) saving.emplace("save", 0, "bytes");
-  const SaveResult result = save_checkpoint(recipe_.run.folder, state, shards, mesh_.along(Axis::WORLD),
+  const SaveResult result = save_checkpoint(recipe_.run.folder, state, tensors.shards, mesh_.along(Axis::WORLD),
                                             static_cast<int>(recipe_.checkpoint.keep),
                                             [&](uint64_t bytes) { if (saving) saving->add(static_cast<int64_t>(bytes)); });
   saving.reset();
@@ -188,12 +227,17 @@ void Trainer::run() {
   std::signal(SIGUSR1, request_stop);
   std::signal(SIGTERM, request_stop);
   Communicator& world = mesh_.along(Axis::WORLD);
+  const auto evaluate = [&] { return within_memory("the held-out evaluation", [&] { return held_out_loss(); }); };
+  std::optional<double> before;
+  if (recipe_.run.eval_every > 0 && done_ == 0) before = evaluate();
+  if (before && console_) console_->line(fmt::format("  start   held-out {:.4f}", *before));
   while (done_ < recipe_.schedule.steps) {
     const int64_t number = done_ + 1;
-    StepReport report = step(number);
+    StepReport report = within_memory(fmt::format("step {}", number), [&] { return step(number); });
     const bool last = number == recipe_.schedule.steps;
     const bool stop = max_over(world, stop_requested) > 0;
-    if (recipe_.run.eval_every > 0 && (last || number % recipe_.run.eval_every == 0)) report.held_out_loss = held_out_loss();
+    if (recipe_.run.eval_every > 0 && (last || number % recipe_.run.eval_every == 0)) report.held_out_loss = evaluate();
+    report.held_out_before = std::exchange(before, {});
     if (last || stop || number % recipe_.checkpoint.every == 0) save(number);
     report.checkpoint = checkpoint_note_;
     if (metrics_) metrics_->write(report);  // first: a step that was seen is in the file
@@ -211,7 +255,7 @@ void Trainer::run() {
   finish("all " + std::to_string(recipe_.schedule.steps) + " steps done");
 }
 
-void Trainer::announce() {
+void Trainer::announce(const std::vector<std::string>& devices) {
   const ModelConfig& c = start_.config;
   const Degrees& d = mesh_.layout().degrees();
   int64_t all = 0, indexers = 0;
@@ -241,6 +285,9 @@ void Trainer::announce() {
   line(next > steps ? fmt::format("  steps   none left of {}: raise schedule.steps to go on", steps)
                     : fmt::format("  steps   {}..{} of {} tokens", next, steps, tokens));
   line(fmt::format("  mesh    data {} x context {} x tensor {}, expert {}", d.data, d.context, d.tensor, d.expert));
+  std::map<std::string, int> kinds;
+  for (const std::string& device : devices) ++kinds[device];
+  for (const auto& [device, ranks] : kinds) line(fmt::format("  device  {} x {}", ranks, device));
   line(fmt::format("  run     {} (tensorboard --logdir {})", recipe_.run.folder, recipe_.run.folder));
 }
 

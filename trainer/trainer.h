@@ -32,7 +32,10 @@ class Trainer {
   int64_t steps_done() const { return done_; }
 
  private:
-  void announce();
+  void announce(const std::vector<std::string>& devices);
+  // Runs `work`; when the device's memory does not suffice, throws the RunFailure that says so.
+  template <class Work>
+  auto within_memory(const std::string& activity, const Work& work);
   void finish(const std::string& reason);
 
   ResolvedRecipe resolved_;

@@ -35,11 +35,11 @@ ModelFacts v32() {
 TEST(ShippedRecipes, AllResolve) {
   int count = 0;
   for (const auto& entry : std::filesystem::directory_iterator(DSA_RECIPES)) {
-    if (entry.path().extension() != ".textproto" || entry.path().stem() == "tiny_base") continue;
+    if (entry.path().extension() != ".textproto" || entry.path().stem().string().ends_with("_base")) continue;
     EXPECT_NO_THROW(shipped(entry.path().stem())) << entry.path();
     ++count;
   }
-  EXPECT_EQ(count, 8);
+  EXPECT_EQ(count, 11);
 }
 
 TEST(ShippedRecipes, WarmupHasTheReportsNumbers) {
@@ -107,6 +107,19 @@ TEST(ShippedRecipes, TinyStagesFollowOneAnother) {
     EXPECT_EQ(r->recipe.batch.sequences * r->recipe.data.sequence_length, 4096);
   }
   EXPECT_LT(*sparse.recipe.model.indexer.top_k, sparse.recipe.data.sequence_length);
+}
+
+TEST(ShippedRecipes, SmallGpuStagesFollowOneAnother) {
+  const ResolvedRecipe pretrain = shipped("small_gpu_pretrain"), warmup = shipped("small_gpu_warmup"),
+                       sparse = shipped("small_gpu_sparse");
+  EXPECT_EQ(warmup.recipe.init.from, "runs/small_gpu/v31");
+  EXPECT_EQ(sparse.recipe.init.from, warmup.recipe.run.folder);
+  ModelFacts model = {.heads = 16, .vocab = 129280, .dense_intermediate = 2304, .shared_intermediate = 384,
+                      .experts = 16, .rope_dim = 64, .max_positions = 163840, .mtp_layers = 1};
+  EXPECT_NO_THROW(check_model(pretrain, model));
+  EXPECT_NO_THROW(check_model(warmup, model));
+  for (const ResolvedRecipe* r : {&pretrain, &warmup, &sparse}) EXPECT_NO_THROW(check_world(*r, 1));
+  EXPECT_LE(8 * *sparse.recipe.model.indexer.top_k, sparse.recipe.data.sequence_length);
 }
 
 TEST(Schema, CommentsStateTheDefaultsOfTheStruct) {

@@ -50,7 +50,8 @@ TEST(Optimizer, IsAdamWWithTwoClipGroups) {
   }
   ShardedAdamW optimizer(list, mesh, options);
   // The master weights are zero until told: give them the values, as a checkpoint would.
-  for (const StateShard& s : optimizer.state()) {
+  const OptimizerState state = optimizer.state();  // on a CPU its memory is the optimizer's own
+  for (const StateShard& s : state.shards) {
     if (s.role != Role::PARAM) continue;
     for (const Parameter& p : list.parameters)
       if (p.shards[0].name == s.box.name) {

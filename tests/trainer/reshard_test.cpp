@@ -30,7 +30,7 @@ std::vector<std::string> sets(const Degrees& d) {
 // Counts the boxes of this rank whose memory differs from the checkpoint's.
 int64_t differing_boxes(const Trainer& trainer, const CheckpointReader& saved) {
   int64_t differ = 0;
-  for (const StateShard& s : trainer.optimizer().state()) {
+  for (const StateShard& s : trainer.optimizer().state().shards) {
     std::vector<double> stored(static_cast<size_t>(numel(s.box)));
     saved.read(s.box, s.role, Dtype::F64, stored.data());
     differ += std::memcmp(stored.data(), s.data, stored.size() * sizeof(double)) != 0;

@@ -46,6 +46,7 @@ std::string line_of(const StepReport& r, double time) {
   put(object, "entropy_layer", r.entropy_layer);
   if (r.top_k > 0) object["top_k"] = r.top_k;
   put(object, "held_out_loss", r.held_out_loss);
+  put(object, "held_out_before", r.held_out_before);
   put(object, "grad_norm_backbone", r.grad_norm_backbone);
   put(object, "grad_norm_indexer", r.grad_norm_indexer);
   put(object, "lr", r.lr);

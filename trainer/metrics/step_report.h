@@ -21,7 +21,8 @@ struct StepReport {
   std::vector<double> recall_layer;         // attention mass on the top_k keys the indexer would choose, 0..1
   std::vector<double> entropy_layer;        // of the indexer's distribution, nats
   int64_t top_k = 0;
-  std::optional<double> held_out_loss;  // when this step was followed by an evaluation
+  std::optional<double> held_out_loss;    // when this step was followed by an evaluation
+  std::optional<double> held_out_before;  // of the model that the run started from; with step 1
 
   std::optional<double> grad_norm_backbone, grad_norm_indexer;  // before clipping
   std::optional<double> lr, indexer_lr;
