@@ -12,10 +12,13 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 
 #include "kernels/indexer_kl/indexer_kl.h"
+#include "kernels/indexer_kl/native.h"
 #include "kernels/indexer_logits/indexer_logits.h"
 #include "kernels/dense_mla/dense_mla.h"
+#include "kernels/native.h"
 
 namespace dsa {
 namespace {
@@ -24,7 +27,7 @@ constexpr int64_t kRecallRows = 32;  // rows a context rank measures the sparse 
 
 double total(const at::Tensor& x) { return x.to(at::kDouble).sum().item<double>(); }
 
-// Accumulates block gradients, then sends them through the projections into the parameters.
+// Accumulates block gradients.
 struct ProjectionGradient {
   const IndexerProjection& p;
   at::Tensor dq_NJD, dk_SD, dw_NJ;
@@ -40,12 +43,21 @@ struct ProjectionGradient {
     dk_SD.narrow(0, keys.first, keys.count).add_(g.dk_SD);
     dw_NJ.narrow(0, row, rows).add_(g.dw_TJ);
   }
-  void backward() const {
-    torch::autograd::backward({p.q_NJD, p.k_SD, p.w_NJ},
-                              {dq_NJD.to(p.q_NJD.scalar_type()), dk_SD.to(p.k_SD.scalar_type()),
-                               dw_NJ.to(p.w_NJ.scalar_type())});
-  }
 };
+
+// Sends gradients through the projections into the parameters.
+void project_back(const IndexerProjection& p, const at::Tensor& dq_NJD, const at::Tensor& dk_SD, const at::Tensor& dw_NJ) {
+  torch::autograd::backward({p.q_NJD, p.k_SD, p.w_NJ}, {dq_NJD.to(p.q_NJD.scalar_type()), dk_SD.to(p.k_SD.scalar_type()),
+                                                        dw_NJ.to(p.w_NJ.scalar_type())});
+}
+
+// Adds the sums over the rows that count.
+void report_rows(LayerReport& report, const at::Tensor& kl_N, const at::Tensor& entropy_N, const at::Tensor& real_N) {
+  const at::Tensor sums = at::stack({kl_N * real_N, entropy_N * real_N, real_N}).to(at::kDouble).sum(1).cpu();
+  report.kl += sums[0].item<double>();
+  report.entropy += sums[1].item<double>();
+  report.kl_rows += sums[2].item<double>();
+}
 
 void record(const ForwardPass& pass, const std::string& name, int64_t layer, std::vector<at::Tensor> blocks) {
   if (pass.recorder) pass.recorder->rows_N[name + "." + std::to_string(layer) + ".rows"] = at::cat(blocks);
@@ -57,10 +69,28 @@ void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection
                         const at::Tensor& k_SHD, const at::Tensor& lse_TH, const ForwardPass& pass) {
   const IndexerProjection p{projection.q_NJD.detach(), projection.k_SD.detach(), projection.w_NJ.detach()};
   const bool learns = projection.q_NJD.requires_grad();
-  ProjectionGradient gradient(projection);
   LayerReport& report = pass.report.layers[target.layer];
   Communicator& tensor = target.mesh.along(Axis::TENSOR);
   const TokenBatch& b = pass.batch;
+  const native::IndexerInputs inputs{p.q_NJD, p.k_SD, p.w_NJ};
+  const char* why_not = "the heads are split over ranks";
+  if (tensor.size() == 1 && native::indexer_kl_dense_supports(q_THD, inputs, &why_not)) {
+    ran("indexer_kl_dense", "sm90");
+    native::IndexerLoss loss;
+    {
+      const c10::NoGradGuard no_grad;
+      loss = native::indexer_kl_dense(q_THD, k_SHD, lse_TH, target.scale, inputs, b.start_N, b.end_N, target.top_k, b.real_N,
+                                      pass.plan.kl_scale, learns);
+      report_rows(report, loss.kl_T, loss.entropy_T, b.real_N);
+      report.recall += total(loss.recall_T * b.real_N);
+      report.recall_rows += total(b.real_N);
+    }
+    record(pass, "warmup", target.layer, {loss.kl_T});
+    if (learns) project_back(projection, loss.gradients.dq_TJD, loss.gradients.dk_SD, loss.gradients.dw_TJ);
+    return;
+  }
+  ran("indexer_kl_dense", std::string("reference (") + why_not + ")");
+  ProjectionGradient gradient(projection);
   const int64_t own = p.q_NJD.size(0);
   const int64_t step = std::max<int64_t>(pass.plan.query_block / tensor.size(), 1);
   std::vector<at::Tensor> recorded;
@@ -70,7 +100,7 @@ void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection
       const int64_t n = std::min(step, own - i);
       // The same n rows of every tensor rank: each holds some heads of all of them, and owns n for the indexer.
       std::vector<at::Tensor> parts;
-      for (int64_t r = 0; r < tensor.size(); ++r) parts.push_back(at::arange(r * own + i, r * own + i + n, at::kLong));
+      for (int64_t r = 0; r < tensor.size(); ++r) parts.push_back(at::arange(r * own + i, r * own + i + n, b.start_T.options()));
       const at::Tensor rows = at::cat(parts);
       const at::Tensor start = b.start_T.index_select(0, rows), end = b.end_T.index_select(0, rows);
       const KeyRange keys = key_range(start, end);
@@ -85,11 +115,9 @@ void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection
       const at::Tensor scores = indexer_logits(q, k, w, start_B, end_B);
       const KlRows kl = indexer_kl(scores, p_BS, learns);
       const at::Tensor real = b.real_N.narrow(0, i, n);
-      report.kl += total(kl.rows_T * real);
-      report.entropy += total(kl.entropy_prediction_T * real);
+      report_rows(report, kl.rows_T, kl.entropy_prediction_T, real);
       report.recall += total(captured_mass(p_BS, topk_select(scores, target.top_k)) * real);
       report.recall_rows += total(real);
-      report.kl_rows += total(real);
       recorded.push_back(kl.rows_T);
       if (learns)
         gradient.add(indexer_logits_backward(kl.gradient_TX * (real * pass.plan.kl_scale).unsqueeze(1), q, k, w, start_B,
@@ -97,46 +125,58 @@ void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection
     }
   }
   record(pass, "warmup", target.layer, std::move(recorded));
-  if (learns) gradient.backward();
+  if (learns) project_back(projection, gradient.dq_NJD, gradient.dk_SD, gradient.dw_NJ);
 }
 
 void sparse_indexer_loss(const IndexerLossTarget& target, const IndexerProjection& projection, const TopK& selection,
-                         const at::Tensor& mass_TK, const at::Tensor& q_THE, const at::Tensor& kv_SE,
+                         const at::Tensor& mass_TK, const LatentQueries& latent_queries, const at::Tensor& kv_SE,
                          const ForwardPass& pass) {
   const IndexerProjection p{projection.q_NJD.detach(), projection.k_SD.detach(), projection.w_NJ.detach()};
   const bool learns = projection.q_NJD.requires_grad();
-  ProjectionGradient gradient(projection);
   LayerReport& report = pass.report.layers[target.layer];
   Communicator& tensor = target.mesh.along(Axis::TENSOR);
   const TokenBatch& b = pass.batch;
   const int64_t own = p.q_NJD.size(0);
+  const native::IndexerInputs inputs{p.q_NJD, p.k_SD, p.w_NJ};
+  const char* why_not = nullptr;
+  const bool native = learns && native::indexer_kl_sparse_supports(inputs, selection.indices_TK.size(1), &why_not);
+  ran("indexer_kl_sparse", native ? "sm90" : std::string("reference (") + (why_not ? why_not : "nothing learns") + ")");
+  std::optional<ProjectionGradient> gradient;
+  native::IndexerLoss loss;
   std::vector<at::Tensor> recorded;
   {
     const c10::NoGradGuard no_grad;
     const at::Tensor p_NK = tensor.reduce_scatter(mass_TK) / static_cast<double>(target.all_heads);
-    for (int64_t i = 0; i < own; i += pass.plan.query_block) {
+    if (native) {
+      const TopK own_lists{selection.indices_TK.narrow(0, b.owned_first, own), selection.lengths_T.narrow(0, b.owned_first, own)};
+      loss = native::indexer_kl_sparse(p_NK, own_lists, inputs, b.real_N, pass.plan.kl_scale);
+      report_rows(report, loss.kl_T, loss.entropy_T, b.real_N);
+      recorded.push_back(loss.kl_T);
+    } else if (learns) {
+      gradient.emplace(projection);
+    }
+    for (int64_t i = 0; i < own && !native; i += pass.plan.query_block) {
       const int64_t n = std::min(pass.plan.query_block, own - i);
       const at::Tensor q = p.q_NJD.narrow(0, i, n), w = p.w_NJ.narrow(0, i, n);
       const at::Tensor indices = selection.indices_TK.narrow(0, b.owned_first + i, n);
       const KlRows kl = indexer_kl(indexer_logits_selected(q, p.k_SD, w, indices), p_NK.narrow(0, i, n), learns);
       const at::Tensor real = b.real_N.narrow(0, i, n);
-      report.kl += total(kl.rows_T * real);
-      report.entropy += total(kl.entropy_prediction_T * real);
-      report.kl_rows += total(real);
+      report_rows(report, kl.rows_T, kl.entropy_prediction_T, real);
       recorded.push_back(kl.rows_T);
       if (learns)
-        gradient.add(indexer_logits_selected_backward(kl.gradient_TX * (real * pass.plan.kl_scale).unsqueeze(1), q, p.k_SD,
+        gradient->add(indexer_logits_selected_backward(kl.gradient_TX * (real * pass.plan.kl_scale).unsqueeze(1), q, p.k_SD,
                                                       w, indices), i, n, {0, p.k_SD.size(0)});
     }
 
     // Recall: the share of the full attention's mass that the selected keys hold, on evenly spaced rows.
-    const int64_t rows_T = q_THE.size(0), sampled = std::min(kRecallRows, rows_T);
-    const at::Tensor rows = (at::arange(1, sampled + 1, at::kLong) * rows_T).div(sampled, "floor") - 1;
+    const int64_t rows_T = mass_TK.size(0), sampled = std::min(kRecallRows, rows_T);
+    const auto longs = b.start_T.options();
+    const at::Tensor rows = (at::arange(1, sampled + 1, longs) * rows_T).div(sampled, "floor") - 1;
     const at::Tensor start = b.start_T.index_select(0, rows), end = b.end_T.index_select(0, rows);
     const KeyRange keys = key_range(start, end);
     const at::Tensor kv = kv_SE.narrow(0, keys.first, keys.count).to(b.real_N.scalar_type());
-    at::Tensor s_RHS = (q_THE.index_select(0, rows).to(kv.scalar_type()).matmul(kv.t())) * target.scale;
-    const at::Tensor key = at::arange(keys.first, keys.first + keys.count, at::kLong).unsqueeze(0);
+    at::Tensor s_RHS = (latent_queries(rows).to(kv.scalar_type()).matmul(kv.t())) * target.scale;
+    const at::Tensor key = at::arange(keys.first, keys.first + keys.count, longs).unsqueeze(0);
     const at::Tensor hidden = (key < start.unsqueeze(1)).logical_or(key >= end.unsqueeze(1));
     s_RHS.masked_fill_(hidden.unsqueeze(1), -std::numeric_limits<double>::infinity());
     const at::Tensor p_RS = tensor.all_reduce(s_RHS.softmax(2).sum(1)) / static_cast<double>(target.all_heads);
@@ -146,7 +186,8 @@ void sparse_indexer_loss(const IndexerLossTarget& target, const IndexerProjectio
     report.recall_rows += static_cast<double>(sampled) / tensor.size();
   }
   record(pass, "sparse", target.layer, std::move(recorded));
-  if (learns) gradient.backward();
+  if (native) project_back(projection, loss.gradients.dq_TJD, loss.gradients.dk_SD, loss.gradients.dw_TJ);
+  else if (learns) project_back(projection, gradient->dq_NJD, gradient->dk_SD, gradient->dw_NJ);
 }
 
 }  // namespace dsa

@@ -4,9 +4,12 @@
 //   SPARSE  p[t,i] = the same over the selected keys only (each head's softmax over S_t, then the mean)
 //   L = sum_t KL(p[t] || softmax(I[t]));   dL/dI = softmax(I) - p;   then through I to wq_b, wk, k_norm, weights_proj
 //
-// The gradients are accumulated into the indexer's parameters here, while the layer runs forward: the layer's input
-// and the target are detached, so nothing else depends on them. Nothing of size rows x keys outlives a block of rows.
+// The gradients are accumulated into the indexer's parameters here, when the target is known: in WARMUP while the layer
+// runs forward, in SPARSE while it runs backward, where the probabilities cost nothing. The layer's input and the target are
+// detached, so nothing else depends on them. Nothing of size rows x keys outlives a block of rows.
 #pragma once
+
+#include <functional>
 
 #include "trainer/model/lightning_indexer.h"
 
@@ -24,10 +27,11 @@ struct IndexerLossTarget {
 void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection& projection, const at::Tensor& q_THD,
                         const at::Tensor& k_SHD, const at::Tensor& lse_TH, const ForwardPass& pass);
 
-// mass_TK: sum over this rank's heads of the probability of each selected key. q_THE, kv_SE (latent form) serve the
-// recall of the full attention's mass, measured on a few rows.
+// mass_TK: sum over this rank's heads of the probability of each selected key. latent_queries (rows of T, int64 [R] ->
+// q [R,H,E]) and kv_SE serve the recall of the full attention's mass, measured on a few rows.
+using LatentQueries = std::function<at::Tensor(const at::Tensor& rows)>;
 void sparse_indexer_loss(const IndexerLossTarget& target, const IndexerProjection& projection, const TopK& selection,
-                         const at::Tensor& mass_TK, const at::Tensor& q_THE, const at::Tensor& kv_SE,
+                         const at::Tensor& mass_TK, const LatentQueries& latent_queries, const at::Tensor& kv_SE,
                          const ForwardPass& pass);
 
 }  // namespace dsa

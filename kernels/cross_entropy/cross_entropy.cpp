@@ -14,6 +14,7 @@
 #include <limits>
 
 #include "kernels/check.h"
+#include "kernels/native.h"
 #include "kernels/packed/packed.h"
 
 namespace dsa {
@@ -40,10 +41,11 @@ LocalTarget local_target(const at::Tensor& target_B, int64_t first, int64_t word
   return {at::logical_and(target_B >= 0, at::logical_and(column >= 0, column < words)), column.clamp(0, words - 1)};
 }
 
-// Calls body(first row, rows, first word, hidden tile, weight tile), both in the accumulation dtype, word tiles outermost.
+// Calls body(first row, rows, first word, hidden tile, weight tile), word tiles outermost. The tiles are in the
+// accumulation dtype, on a GPU in their own: its matrix units take bf16 and sum in fp32.
 template <typename Body>
 void for_each_tile(const at::Tensor& hidden_NH, const at::Tensor& weight_VH, const Body& body) {
-  const auto acc = accumulation_type(hidden_NH);
+  const auto acc = hidden_NH.is_cuda() ? hidden_NH.scalar_type() : accumulation_type(hidden_NH);
   const int64_t N = hidden_NH.size(0), V = weight_VH.size(0);
   for (int64_t v = 0; v < V; v += kTileVocab) {
     const at::Tensor weight = weight_VH.narrow(0, v, std::min(kTileVocab, V - v)).detach().to(acc);
@@ -65,7 +67,7 @@ VocabShardStatistics vocab_shard_statistics(const at::Tensor& hidden_NH, const a
   VocabShardStatistics out{at::empty({N}, options).fill_(-std::numeric_limits<double>::infinity()),
                            at::zeros({N}, options), at::zeros({N}, options)};
   for_each_tile(hidden_NH, weight_VH, [&](int64_t n, int64_t rows, int64_t v, const at::Tensor& hidden, const at::Tensor& weight) {
-    const at::Tensor logits_BX = at::mm(hidden, weight.t());
+    const at::Tensor logits_BX = wide_mm(hidden, weight.t());
     const LocalTarget target = local_target(target_N.narrow(0, n, rows), offset + v, weight.size(0));
     out.target_logit_N.narrow(0, n, rows)
         .add_(logits_BX.gather(1, target.column_B.unsqueeze(1)).squeeze(1).mul_(target.inside_B));
@@ -88,13 +90,14 @@ VocabShardGradients vocab_shard_gradients(const at::Tensor& hidden_NH, const at:
   at::Tensor dweight_tile;
   for_each_tile(hidden_NH, weight_VH, [&](int64_t n, int64_t rows, int64_t v, const at::Tensor& hidden, const at::Tensor& weight) {
     const LocalTarget target = local_target(target_N.narrow(0, n, rows), offset + v, weight.size(0));
-    const at::Tensor d_BX = at::mm(hidden, weight.t()).sub_(lse_N.narrow(0, n, rows).unsqueeze(1)).exp_();
+    at::Tensor d_BX = wide_mm(hidden, weight.t()).sub_(lse_N.narrow(0, n, rows).unsqueeze(1)).exp_();
     d_BX.scatter_add_(1, target.column_B.unsqueeze(1), target.inside_B.to(acc).neg_().unsqueeze(1));
     d_BX.mul_(grad_N.narrow(0, n, rows).unsqueeze(1));
-    out.dhidden_NH.narrow(0, n, rows).addmm_(d_BX, weight);
+    d_BX = d_BX.to(weight.scalar_type());
+    out.dhidden_NH.narrow(0, n, rows).add_(wide_mm(d_BX, weight));
     // The rows' parts of a word tile are summed in the accumulation dtype and rounded once.
-    if (n == 0) dweight_tile = at::zeros(weight.sizes(), weight.options());
-    dweight_tile.addmm_(d_BX.t(), hidden);
+    if (n == 0) dweight_tile = at::zeros(weight.sizes(), weight.options().dtype(acc));
+    dweight_tile.add_(wide_mm(d_BX.t(), hidden));
     if (n + rows == hidden_NH.size(0)) out.dweight_VH.narrow(0, v, weight.size(0)).copy_(dweight_tile);
   });
   return out;

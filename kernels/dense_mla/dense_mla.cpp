@@ -4,7 +4,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "kernels/check.h"
+#include "kernels/dense_mla/cudnn.h"
 #include "kernels/dense_mla/reference.h"
+#include "kernels/native.h"
 
 namespace dsa {
 namespace {
@@ -12,12 +14,22 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+bool uses_cudnn(const at::Tensor& q_THD, const at::Tensor& v_SHV) {
+  const char* why_not = nullptr;
+  const bool yes = cudnn::supports(q_THD, v_SHV, &why_not);
+  ran("dense_mla", yes ? "cuDNN" : std::string("reference (") + why_not + ")");
+  return yes;
+}
+
 struct DenseMla : torch::autograd::Function<DenseMla> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& q_THD, const at::Tensor& k_SHD,
                                const at::Tensor& v_SHV, const at::Tensor& start_T, const at::Tensor& end_T,
-                               double scale, int64_t query_block) {
-    const DenseMlaOutput out = reference::dense_mla_forward(q_THD.detach(), k_SHD.detach(), v_SHV.detach(), start_T,
-                                                            end_T, scale, query_block);
+                               double scale, int64_t query_block, const DenseMlaOutput* known) {
+    const bool cudnn = uses_cudnn(q_THD, v_SHV);
+    const DenseMlaOutput out =
+        known   ? *known
+        : cudnn ? cudnn::dense_mla_forward(q_THD.detach(), k_SHD.detach(), v_SHV.detach(), start_T, end_T, scale)
+                : reference::dense_mla_forward(q_THD.detach(), k_SHD.detach(), v_SHV.detach(), start_T, end_T, scale, query_block);
     ctx->save_for_backward({q_THD, k_SHD, v_SHV, start_T, end_T, out.o_THV, out.lse_TH});
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["query_block"] = query_block;
@@ -26,12 +38,15 @@ struct DenseMla : torch::autograd::Function<DenseMla> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(7);
+    variable_list result(8);
     if (!grads[0].defined()) return result;
     const auto saved = ctx->get_saved_variables();
-    const auto d = reference::dense_mla_backward(grads[0], saved[0].detach(), saved[1].detach(), saved[2].detach(),
-                                                 saved[3], saved[4], saved[5].detach(), saved[6].detach(),
-                                                 ctx->saved_data["scale"].toDouble(), ctx->saved_data["query_block"].toInt());
+    const at::Tensor q = saved[0].detach(), k = saved[1].detach(), v = saved[2].detach(), o = saved[5].detach();
+    const double scale = ctx->saved_data["scale"].toDouble();
+    const auto d = uses_cudnn(q, v)
+                       ? cudnn::dense_mla_backward(grads[0], q, k, v, saved[3], saved[4], o, saved[6].detach(), scale)
+                       : reference::dense_mla_backward(grads[0], q, k, v, saved[3], saved[4], o, saved[6].detach(), scale,
+                                                       ctx->saved_data["query_block"].toInt());
     result[0] = d.dq_THD;
     result[1] = d.dk_SHD;
     result[2] = d.dv_SHV;
@@ -51,13 +66,14 @@ void check_keys(const at::Tensor& q_THD, const at::Tensor& k_SHD, const char* op
 }  // namespace
 
 DenseMlaOutput dense_mla(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& v_SHV,
-                         const at::Tensor& start_T, const at::Tensor& end_T, double scale, int64_t query_block) {
+                         const at::Tensor& start_T, const at::Tensor& end_T, double scale, int64_t query_block,
+                         const DenseMlaOutput* known) {
   check_keys(q_THD, k_SHD, "dense_mla");
   require(v_SHV.dim() == 3, "dense_mla: v has shape {} ([keys, heads, dim] is expected) reshape it", shape_of(v_SHV));
   require_shape(v_SHV, {k_SHD.size(0), q_THD.size(1), v_SHV.size(2)}, "dense_mla", "v");
   require(v_SHV.scalar_type() == q_THD.scalar_type(), "dense_mla: q is {} and v {} (one dtype is expected) convert one",
           toString(q_THD.scalar_type()), toString(v_SHV.scalar_type()));
-  const auto out = DenseMla::apply(q_THD, k_SHD, v_SHV, start_T, end_T, scale, query_block);
+  const auto out = DenseMla::apply(q_THD, k_SHD, v_SHV, start_T, end_T, scale, query_block, known);
   return {out[0], out[1]};
 }
 

@@ -18,10 +18,12 @@ struct DenseMlaOutput {
 };
 
 /// q_THD, k_SHD, v_SHV; start_T, end_T int32/int64 [T]; query_block: rows of a score tile. Differentiable in q, k
-/// and v; keeps only q, k, v, o and lse and recomputes the tiles in the backward pass.
+/// and v; keeps only q, k, v, o and lse and recomputes the tiles in the backward pass. `known`: the result of the same
+/// call made before without gradients; it is then taken instead of computed.
+/// bf16 on a GPU: cuDNN (cudnn.h); else the reference.
 DenseMlaOutput dense_mla(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& v_SHV,
                          const at::Tensor& start_T, const at::Tensor& end_T, double scale,
-                         int64_t query_block = 128);
+                         int64_t query_block = 128, const DenseMlaOutput* known = nullptr);
 
 /// p[t,u] = sum over the given heads of exp(scale q[t,h].k[u,h] - lse[t,h]), 0 outside the range: the indexer's
 /// target before division by the number of heads. -> [T,S] fp32 (fp64 for fp64). Call it for a block of rows.

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "kernels/native.h"
 #include "kernels/packed/packed.h"
 
 namespace dsa::reference {
@@ -27,7 +28,7 @@ at::Tensor head_rows(const at::Tensor& x_NHW, int64_t head, int64_t first, int64
 // exp(scale q k^T - lse), 0 outside the ranges. lse_B1 = -inf marks rows without keys.
 at::Tensor probabilities(const at::Tensor& q_BD, const at::Tensor& k_XD, const at::Tensor& lse_B1, double scale,
                          const RowBlock& block, const KeyRanges& ranges) {
-  const at::Tensor p_BX = at::mm(q_BD * scale, k_XD.t());
+  const at::Tensor p_BX = wide_mm(q_BD, k_XD.t()).mul_(scale);
   fill_outside(p_BX, block, ranges, -kInfinity);
   return p_BX.sub_(lse_B1.masked_fill(lse_B1 == -kInfinity, kInfinity)).exp_();
 }
@@ -98,7 +99,8 @@ at::Tensor attention_mass(const at::Tensor& q_THD, const at::Tensor& k_SHD, cons
   const auto acc = accumulation_type(q_THD);
   const int64_t T = q_THD.size(0), H = q_THD.size(1), S = k_SHD.size(0);
   const KeyRanges ranges(start_T, end_T, T, S);
-  const auto blocks = row_blocks(ranges, kMassRows);
+  // On a GPU one tile is a product large enough for it.
+  const auto blocks = row_blocks(ranges, q_THD.is_cpu() ? kMassRows : T);
   const at::Tensor mass_TS = at::zeros({T, S}, q_THD.options().dtype(acc));
   for_each_block(blocks.size(), q_THD.device(), [&](int64_t i) {
     const RowBlock& block = blocks[i];
@@ -106,8 +108,8 @@ at::Tensor attention_mass(const at::Tensor& q_THD, const at::Tensor& k_SHD, cons
     if (X == 0) return;
     const at::Tensor mass_BX = mass_TS.narrow(0, block.row_begin, B).narrow(1, block.key_begin, X);
     for (int64_t h = 0; h < H; ++h) {
-      mass_BX.add_(probabilities(head_rows(q_THD, h, block.row_begin, B, acc),
-                                 head_rows(k_SHD, h, block.key_begin, X, acc),
+      mass_BX.add_(probabilities(q_THD.select(1, h).narrow(0, block.row_begin, B),
+                                 k_SHD.select(1, h).narrow(0, block.key_begin, X),
                                  lse_TH.select(1, h).narrow(0, block.row_begin, B).unsqueeze(1), scale, block, ranges));
     }
   });

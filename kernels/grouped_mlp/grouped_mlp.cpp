@@ -4,6 +4,7 @@
 #include "kernels/grouped_mlp/grouped_mlp.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/_grouped_mm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
@@ -15,6 +16,7 @@
 #include <numeric>
 
 #include "kernels/check.h"
+#include "kernels/grouped_mlp/native.h"
 #include "kernels/packed/packed.h"
 
 namespace dsa {
@@ -26,6 +28,14 @@ using torch::autograd::variable_list;
 struct GroupedSwiglu : torch::autograd::Function<GroupedSwiglu> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x_MH, const std::vector<int64_t>& rows,
                             const at::Tensor& gate_EIH, const at::Tensor& up_EIH, const at::Tensor& down_EHI) {
+    ctx->saved_data["rows"] = rows;
+    if (grouped_products(x_MH, gate_EIH)) {
+      const at::Tensor ends_E = row_ends(rows, x_MH.device()), x = x_MH.contiguous();
+      const at::Tensor g_MI = at::_grouped_mm(x, gate_EIH.transpose(1, 2), ends_E);
+      const at::Tensor u_MI = at::_grouped_mm(x, up_EIH.transpose(1, 2), ends_E);
+      ctx->save_for_backward({x, gate_EIH, up_EIH, down_EHI, g_MI, u_MI});
+      return at::_grouped_mm(activation(g_MI, u_MI), down_EHI.transpose(1, 2), ends_E);
+    }
     const at::Tensor g_MI = at::empty({x_MH.size(0), gate_EIH.size(1)}, x_MH.options()), u_MI = at::empty_like(g_MI);
     at::Tensor y_MH = at::empty(x_MH.sizes(), x_MH.options());
     for (int64_t e = 0, first = 0; e < gate_EIH.size(0); first += rows[e++]) {
@@ -37,7 +47,6 @@ struct GroupedSwiglu : torch::autograd::Function<GroupedSwiglu> {
       at::mm_out(y, activation(g, u), down_EHI[e].t());
     }
     ctx->save_for_backward({x_MH, gate_EIH, up_EIH, down_EHI, g_MI, u_MI});
-    ctx->saved_data["rows"] = rows;
     return y_MH;
   }
 
@@ -49,30 +58,68 @@ struct GroupedSwiglu : torch::autograd::Function<GroupedSwiglu> {
     const auto weight_gradient = [&](size_t tensor, const at::Tensor& weight) {  // counts tensor arguments alone
       return ctx->needs_input_grad(tensor) ? at::empty_like(weight) : at::Tensor();
     };
+    if (grouped_products(x_MH, gate_EIH)) {
+      const at::Tensor ends_E = row_ends(rows, x_MH.device()), dy = grads[0].contiguous();
+      const Activation s = activation_backward(saved[4], saved[5], at::_grouped_mm(dy, down_EHI, ends_E));
+      const auto weight = [&](size_t tensor, const at::Tensor& left, const at::Tensor& right) {
+        return ctx->needs_input_grad(tensor) ? at::_grouped_mm(left.t(), right, ends_E) : at::Tensor();
+      };
+      at::Tensor dx;
+      if (need_x) dx = at::_grouped_mm(s.dg, gate_EIH, ends_E).add_(at::_grouped_mm(s.du, up_EIH, ends_E));
+      return {dx, at::Tensor(), weight(1, s.dg, x_MH), weight(2, s.du, x_MH), weight(3, dy, s.a)};
+    }
     const at::Tensor dy_MH = grads[0].contiguous(), dx_MH = need_x ? at::empty(x_MH.sizes(), x_MH.options()) : at::Tensor();
     const at::Tensor dgate = weight_gradient(1, gate_EIH), dup = weight_gradient(2, up_EIH), ddown = weight_gradient(3, down_EHI);
     for (int64_t e = 0, first = 0; e < gate_EIH.size(0); first += rows[e++]) {
       const auto slice = [&](const at::Tensor& all) { return all.narrow(0, first, rows[e]); };
       const at::Tensor x = slice(x_MH), g = slice(saved[4]), u = slice(saved[5]), dy = slice(dy_MH);
-      write_product(ddown, e, dy, activation(g, u));
-      const auto acc = accumulation_type(g);
-      const at::Tensor da = at::mm(dy, down_EHI[e]).to(acc), wide = g.to(acc);
-      const at::Tensor du = (da * at::silu(wide)).to(g.scalar_type());
-      const at::Tensor dg = at::silu_backward(da * u.to(acc), wide).to(g.scalar_type());
-      write_product(dgate, e, dg, x);
-      write_product(dup, e, du, x);
+      const Activation s = activation_backward(g, u, at::mm(dy, down_EHI[e]));
+      write_product(ddown, e, dy, s.a);
+      write_product(dgate, e, s.dg, x);
+      write_product(dup, e, s.du, x);
       if (need_x && rows[e] > 0) {
         at::Tensor dx = slice(dx_MH);
-        at::mm_out(dx, dg, gate_EIH[e]);
-        dx.addmm_(du, up_EIH[e]);
+        at::mm_out(dx, s.dg, gate_EIH[e]);
+        dx.addmm_(s.du, up_EIH[e]);
       }
     }
     return {dx_MH, at::Tensor(), dgate, dup, ddown};
   }
 
+  // One product over all experts: bf16 on a GPU, where loops over experts would starve it.
+  static bool grouped_products(const at::Tensor& x_MH, const at::Tensor& gate_EIH) {
+    return x_MH.is_cuda() && x_MH.scalar_type() == at::kBFloat16 && gate_EIH.size(0) > 1 && x_MH.size(0) > 0;
+  }
+  // int32 [E]: one past the last row of each expert.
+  static at::Tensor row_ends(const std::vector<int64_t>& rows, at::Device device) {
+    at::Tensor ends = at::empty({static_cast<int64_t>(rows.size())}, at::kInt);
+    std::partial_sum(rows.begin(), rows.end(), ends.data_ptr<int32_t>());
+    return ends.to(device);
+  }
   static at::Tensor activation(const at::Tensor& g, const at::Tensor& u) {
+    const char* why_not = nullptr;
+    if (native::swiglu_supports(g, &why_not)) {
+      const at::Tensor a = at::empty_like(g);
+      native::swiglu(g, u, a);
+      return a;
+    }
     const auto acc = accumulation_type(g);
     return at::silu(g.to(acc)).mul_(u.to(acc)).to(g.scalar_type());
+  }
+  struct Activation {
+    at::Tensor a, dg, du;
+  };
+  static Activation activation_backward(const at::Tensor& g, const at::Tensor& u, const at::Tensor& da) {
+    const char* why_not = nullptr;
+    if (native::swiglu_supports(g, &why_not)) {
+      Activation s{at::empty_like(g), at::empty_like(g), at::empty_like(g)};
+      native::swiglu_backward(g, u, da, s.a, s.dg, s.du);
+      return s;
+    }
+    const auto acc = accumulation_type(g);
+    const at::Tensor wide = g.to(acc), wide_da = da.to(acc);
+    return {activation(g, u), at::silu_backward(wide_da * u.to(acc), wide).to(g.scalar_type()),
+            (wide_da * at::silu(wide)).to(g.scalar_type())};
   }
   // gradient[e] = left^T right, in place; a product over no rows is zero.
   static void write_product(const at::Tensor& gradient, int64_t e, const at::Tensor& left, const at::Tensor& right) {

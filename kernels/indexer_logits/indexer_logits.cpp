@@ -3,6 +3,8 @@
 
 #include "kernels/check.h"
 #include "kernels/indexer_logits/reference.h"
+#include "kernels/indexer_topk/native.h"
+#include "kernels/native.h"
 
 namespace dsa {
 namespace {
@@ -27,6 +29,12 @@ void check_indices(const at::Tensor& indices_TK, int64_t rows) {
 at::Tensor indexer_logits(const at::Tensor& q_TJD, const at::Tensor& k_SD, const at::Tensor& w_TJ,
                           const at::Tensor& start_T, const at::Tensor& end_T) {
   check_inputs(q_TJD, k_SD, w_TJ);
+  const char* why_not = nullptr;
+  if (native::indexer_supports(q_TJD, k_SD, &why_not)) {
+    ran("indexer_logits", "sm90");
+    return native::indexer_logits(q_TJD.detach(), k_SD.detach(), w_TJ.detach(), start_T, end_T);
+  }
+  ran("indexer_logits", std::string("reference (") + why_not + ")");
   return reference::indexer_logits(q_TJD.detach(), k_SD.detach(), w_TJ.detach(), start_T, end_T);
 }
 

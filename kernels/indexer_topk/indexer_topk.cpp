@@ -7,6 +7,8 @@
 #include <ATen/ops/zeros.h>
 
 #include "kernels/indexer_logits/indexer_logits.h"
+#include "kernels/indexer_topk/native.h"
+#include "kernels/native.h"
 #include "kernels/packed/packed.h"
 
 namespace dsa {
@@ -14,6 +16,12 @@ namespace dsa {
 TopK indexer_topk(const at::Tensor& q_TJD, const at::Tensor& k_SD, const at::Tensor& w_TJ, const at::Tensor& start_T,
                   const at::Tensor& end_T, int64_t top_k, int64_t query_block) {
   const int64_t T = q_TJD.size(0);
+  const char* why_not = nullptr;
+  if (native::indexer_supports(q_TJD, k_SD, &why_not) && top_k <= 4096) {
+    ran("indexer_topk", "sm90");
+    return native::indexer_topk(q_TJD.detach(), k_SD.detach(), w_TJ.detach(), start_T, end_T, top_k);
+  }
+  ran("indexer_topk", std::string("by blocks of rows (") + (why_not ? why_not : "top_k over 4096") + ")");
   const auto options = q_TJD.options().dtype(at::kInt);
   TopK out{at::full({T, top_k}, -1, options), at::zeros({T}, options)};
   // Only the keys that the block's rows can see are scored and searched; indices are shifted back.

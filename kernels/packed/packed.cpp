@@ -3,7 +3,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <atomic>
@@ -55,13 +58,19 @@ void fill_outside(const at::Tensor& tile_BX, const RowBlock& block, const KeyRan
   const int64_t begin = std::max(block.common_end, block.key_begin), columns = block.key_end - begin;
   if (columns <= 0) return;
   const int64_t rows = block.row_end - block.row_begin;
+  if (!tile_BX.is_cpu()) {
+    const at::Tensor end = at::from_blob(const_cast<int64_t*>(ranges.end.data()) + block.row_begin, {rows}, at::kLong);
+    const at::Tensor key = at::arange(begin, block.key_end, tile_BX.options().dtype(at::kLong));
+    tile_BX.narrow(-1, begin - block.key_begin, columns).masked_fill_(key >= end.to(tile_BX.device()).unsqueeze(1), value);
+    return;
+  }
   at::Tensor outside = at::empty({rows, columns}, at::kBool);
   bool* flag = outside.data_ptr<bool>();
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t end = ranges.end[block.row_begin + r];
     for (int64_t c = 0; c < columns; ++c) *flag++ = begin + c >= end;
   }
-  tile_BX.narrow(-1, begin - block.key_begin, columns).masked_fill_(outside.to(tile_BX.device()), value);
+  tile_BX.narrow(-1, begin - block.key_begin, columns).masked_fill_(outside, value);
 }
 
 void for_each_block(int64_t count, at::Device device, const std::function<void(int64_t)>& body) {

@@ -8,6 +8,7 @@
 
 #include "kernels/check.h"
 #include "kernels/packed/packed.h"
+#include "kernels/rms_norm/native.h"
 
 namespace dsa {
 namespace {
@@ -27,14 +28,27 @@ at::Tensor sum_rows(const at::Tensor& x, const at::Tensor& like) {
 
 struct RmsNorm : torch::autograd::Function<RmsNorm> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight_D, double eps) {
+    const char* why_not = nullptr;
+    if (native::rms_norm_supports(x, weight_D, &why_not)) {
+      const auto [y, r] = native::rms_norm(x.detach(), weight_D.detach(), eps);
+      ctx->save_for_backward({x, weight_D, r});
+      ctx->saved_data["native"] = true;
+      return y;
+    }
     const auto acc = accumulation_type(x);
     const at::Tensor wide = x.to(acc), r = wide.square().mean(-1, true).add_(eps).rsqrt_();
     ctx->save_for_backward({x, weight_D, r});
+    ctx->saved_data["native"] = false;
     return (wide * r).mul_(weight_D.to(acc)).to(x.scalar_type());
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor &x = saved[0], &weight_D = saved[1], &r = saved[2];
+    if (ctx->saved_data["native"].toBool()) {
+      const auto [dx, dw] = native::rms_norm_backward(grads[0], x.detach(), weight_D.detach(), r, ctx->needs_input_grad(0),
+                                                      ctx->needs_input_grad(1));
+      return {dx, dw, at::Tensor()};
+    }
     const at::Tensor dy = grads[0].to(r.scalar_type()), n = x.to(r.scalar_type()) * r;
     const at::Tensor dyn = dy * n, w = weight_D.to(r.scalar_type());
     variable_list result(3);

@@ -72,8 +72,8 @@ SparseMlaGradients sparse_mla_backward(const at::Tensor& do_THC, const at::Tenso
   const auto options = q_THE.options().dtype(acc);
   const at::Tensor kv = kv_SE.to(acc).contiguous();
   const at::Tensor dkv_SE = at::zeros(kv.sizes(), options);
-  const at::Tensor dq_THE = at::zeros({T, H, E}, q_THE.options());
-  if (K == 0 || kv.size(0) == 0) return {dq_THE, dkv_SE.to(kv_SE.scalar_type())};
+  const at::Tensor dq_THE = at::zeros({T, H, E}, q_THE.options()), mass_TK = at::zeros({T, K}, options);
+  if (K == 0 || kv.size(0) == 0) return {dq_THE, dkv_SE.to(kv_SE.scalar_type()), mass_TK};
   const int64_t group = tile_rows(q_THE, K, query_block);
   const int64_t block = std::clamp<int64_t>(at::get_num_threads() * kFactorElements / (2 * H * (K + E)), group, std::max(T, group));
   for (int64_t first = 0; first < T; first += block) {
@@ -95,6 +95,7 @@ SparseMlaGradients sparse_mla_backward(const at::Tensor& do_THC, const at::Tenso
       const at::Tensor lse_BH1 = lse_TH.narrow(0, t, B).unsqueeze(2);
       p_BHK.sub_(lse_BH1.masked_fill(lse_BH1 == -kInfinity, kInfinity)).exp_();
       p_BHK.masked_fill_((index_BK < 0).unsqueeze(1), 0);
+      mass_TK.narrow(0, t, B).copy_(p_BHK.sum(1));
       const at::Tensor delta_BH1 = (do_BHC * o_THC.narrow(0, t, B)).sum(2, true);
       const at::Tensor ds_BHK = gathered_dots(do_BHC, kv, index_BK);
       ds_BHK.sub_(delta_BH1).mul_(p_BHK).mul_(scale);
@@ -104,7 +105,7 @@ SparseMlaGradients sparse_mla_backward(const at::Tensor& do_THC, const at::Tenso
     });
     add_outer_products(dkv_SE, left_RMK, right_RME, index_RK);
   }
-  return {dq_THE, dkv_SE.to(kv_SE.scalar_type())};
+  return {dq_THE, dkv_SE.to(kv_SE.scalar_type()), mass_TK};
 }
 
 }  // namespace dsa::reference

@@ -7,6 +7,7 @@ namespace dsa::reference {
 
 struct SparseMlaGradients {
   at::Tensor dq_THE, dkv_SE;  ///< dtypes of q and kv
+  at::Tensor mass_TK;         ///< as in SparseMlaOutput
 };
 
 SparseMlaOutput sparse_mla_forward(const at::Tensor& q_THE, const at::Tensor& kv_SE, const at::Tensor& indices_TK,

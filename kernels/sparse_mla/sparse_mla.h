@@ -12,7 +12,12 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
+
 namespace dsa {
+
+/// Receives mass_TK [T,K] in the backward pass, where it costs nothing.
+using MassReceiver = std::function<void(const at::Tensor& mass_TK)>;
 
 struct SparseMlaOutput {
   at::Tensor o_THC;    ///< dtype of q
@@ -22,9 +27,10 @@ struct SparseMlaOutput {
 
 /// q_THE [T,H,E], kv_SE [S,E]; indices_TK int32 [T,K], valid for i < lengths_T[t] (int32 [T]); latent = C.
 /// query_block bounds the rows of a score tile. Differentiable in q and kv; keeps only q, kv,
-/// the indices, o and lse.
+/// the indices, o and lse. bf16 at the released head sizes on a Hopper GPU: native.h (want_mass: the reference, the
+/// forward kernel has no mass); else the reference.
 SparseMlaOutput sparse_mla(const at::Tensor& q_THE, const at::Tensor& kv_SE, const at::Tensor& indices_TK,
                            const at::Tensor& lengths_T, double scale, int64_t latent, int64_t query_block = 64,
-                           bool want_mass = false);
+                           bool want_mass = false, MassReceiver receive_mass = nullptr);
 
 }  // namespace dsa

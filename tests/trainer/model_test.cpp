@@ -38,7 +38,7 @@ class ModelTest : public testing::Test {
   ModelTest() : source_(open_weights(kModel)), mesh_(Mesh::single()) {}
 
   Passed pass(const std::vector<Sample>& samples, AttentionMode attention, bool train_backbone, int64_t top_k = kTopK,
-              at::ScalarType dtype = at::kDouble) {
+              at::ScalarType dtype = at::kDouble, bool indexer_loss = true, int64_t block_bytes = int64_t{1} << 40) {
     ModelConfig config = source_->config();
     config.indexer->top_k = top_k;
     Transformer model(config, {dtype, false, false}, mesh_);
@@ -49,7 +49,8 @@ class ModelTest : public testing::Test {
     StagePlan plan;
     plan.attention = attention;
     plan.train_backbone = train_backbone;
-    plan.indexer_loss = plan.train_indexer = true;
+    plan.indexer_loss = plan.train_indexer = indexer_loss;
+    plan.block_bytes = block_bytes;
     plan.kl_scale = 1;
     plan.query_block = 24;
     Passed out;
@@ -118,6 +119,22 @@ TEST_F(ModelTest, EachLossTrainsItsOwnHalf) {
   for (const auto& [name, gradient] : warmup.gradients) EXPECT_TRUE(at::equal(gradient, both.gradients.at(name))) << name;
   // And the backbone's that of the LM loss alone.
   for (const auto& [name, gradient] : sparse.gradients) EXPECT_GT(gradient.abs().max().item<double>(), 0) << name;
+}
+
+// Attention by a few rows or heads at a time and FFNs by a few rows: the same sums in another order.
+TEST_F(ModelTest, BlocksChangeNothing) {
+  const std::vector<Sample> samples{random_sample(60, 9), random_sample(60, 10)};
+  DSA_GUARD(60, kTopK);
+  for (const auto& [attention, indexer_loss] : {std::pair(AttentionMode::DENSE, false), std::pair(AttentionMode::SPARSE, true)}) {
+    const Passed whole = pass(samples, attention, true, kTopK, at::kDouble, indexer_loss);
+    const Passed blocks = pass(samples, attention, true, kTopK, at::kDouble, indexer_loss, 100 << 10);
+    EXPECT_NEAR(blocks.report.lm_loss, whole.report.lm_loss, 1e-12 * whole.report.lm_loss);
+    EXPECT_NEAR(blocks.report.layers[1].kl, whole.report.layers[1].kl, 1e-12 * whole.report.layers[1].kl);
+    EXPECT_NEAR(blocks.report.layers[1].recall, whole.report.layers[1].recall, 1e-12);
+    ASSERT_EQ(blocks.gradients.size(), whole.gradients.size());
+    for (const auto& [name, gradient] : whole.gradients)
+      EXPECT_LT(relative_distance(blocks.gradients.at(name), gradient), 1e-11) << name;
+  }
 }
 
 // bf16 has 2^-8 of relative rounding; dense, because a flipped key changes everything after it. The weights are bf16

@@ -49,7 +49,7 @@ FeedForwardOutput DecoderLayer::run(const at::Tensor& x_NM, const ForwardPass& p
     FeedForwardOutput out = moe->forward(h_NM, pass);
     return {x1_NM + out.y_NM, out.balance};
   }
-  return {x1_NM + std::get<Mlp>(ffn_).forward(h_NM), at::zeros({}, x_NM.options().requires_grad(false))};
+  return {x1_NM + std::get<Mlp>(ffn_).forward(h_NM, pass.plan), at::zeros({}, x_NM.options().requires_grad(false))};
 }
 
 }  // namespace dsa

@@ -19,9 +19,12 @@ struct StagePlan {
   AttentionMode attention = AttentionMode::DENSE;
   bool train_backbone = true;
   bool indexer_loss = false;     // measure the indexer's KL, entropy and recall
-  bool train_indexer = false;    // and accumulate its gradients, in the forward pass
+  bool train_indexer = false;    // and accumulate its gradients: where its target is known, see indexer_loss.h
   bool layer_recompute = false;  // keep one hidden state a layer and run the layer again in the backward pass
   int64_t query_block = 256;     // rows of a score tile
+  // What the inner tensors of attention or of a dense FFN may take at once; longer inputs go block by block, and each
+  // block runs again in the backward pass (blockwise.h).
+  int64_t block_bytes = int64_t{8} << 30;
   // Weights of the *sums* below in the total loss; the trainer puts 1 / (number of rows of the global batch) in.
   double lm_scale = 1, mtp_scale = 0, kl_scale = 0, balance_scale = 0;
 };

@@ -4,7 +4,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/where.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 
 #include "kernels/hadamard/hadamard.h"
 #include "kernels/indexer_logits/indexer_logits.h"
+#include "kernels/indexer_topk/indexer_topk.h"
 #include "kernels/rms_norm/rms_norm.h"
 #include "parallel/collectives.h"
 
@@ -69,21 +69,9 @@ IndexerProjection LightningIndexer::project(const at::Tensor& h_NM, const at::Te
 
 TopK LightningIndexer::select(const IndexerProjection& p, const ForwardPass& pass) const {
   const c10::NoGradGuard no_grad;
-  const TokenBatch& b = pass.batch;
-  const int64_t rows = p.q_NJD.size(0);
-  std::vector<at::Tensor> keys, lengths;
-  for (int64_t i = 0; i < rows; i += pass.plan.query_block) {
-    const int64_t n = std::min(pass.plan.query_block, rows - i);
-    const at::Tensor start = b.start_N.narrow(0, i, n), end = b.end_N.narrow(0, i, n);
-    const KeyRange range = key_range(start, end);
-    const at::Tensor scores = indexer_logits(p.q_NJD.narrow(0, i, n), p.k_SD.narrow(0, range.first, range.count),
-                                             p.w_NJ.narrow(0, i, n), start - range.first, end - range.first);
-    const TopK top = topk_select(scores, top_k_);
-    keys.push_back(at::where(top.indices_TK >= 0, top.indices_TK + range.first, top.indices_TK));
-    lengths.push_back(top.lengths_T);
-  }
+  const TopK top = indexer_topk(p.q_NJD, p.k_SD, p.w_NJ, pass.batch.start_N, pass.batch.end_N, top_k_, pass.plan.query_block);
   Communicator& tensor = mesh_.along(Axis::TENSOR);
-  return {tensor.all_gather(at::cat(keys)), tensor.all_gather(at::cat(lengths))};
+  return {tensor.all_gather(top.indices_TK), tensor.all_gather(top.lengths_T)};
 }
 
 void LightningIndexer::record(const IndexerProjection& p, int64_t layer, const ForwardPass& pass) const {

@@ -4,14 +4,19 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/einsum.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <c10/core/GradMode.h>
+
+#include <algorithm>
+#include <memory>
 
 #include "kernels/dense_mla/dense_mla.h"
 #include "kernels/rms_norm/rms_norm.h"
 #include "kernels/sparse_mla/sparse_mla.h"
 #include "parallel/collectives.h"
 #include "trainer/indexer_loss.h"
+#include "trainer/model/blockwise.h"
 
 namespace dsa {
 
@@ -57,43 +62,99 @@ at::Tensor Mla::forward(const at::Tensor& h_NM, const ForwardPass& pass, TopK& s
   if (measures && pass.recorder) indexer_->record(indexer, layer_, pass);
 
   const at::Tensor qr_TQ = gather_rows(qr_NQ, mesh_.along(Axis::TENSOR));
-  at::Tensor q_THD = at::linear(qr_TQ, q_b_).view({qr_TQ.size(0), heads_, nope_ + rope_});
-  q_THD = at::cat({q_THD.narrow(2, 0, nope_),
-                   apply_rope(q_THD.narrow(2, nope_, rope_), b.rope_T, RopeLayout::INTERLEAVED)}, 2);
-  const at::Tensor o_THV = pass.plan.attention == AttentionMode::DENSE
-                               ? attend_dense(q_THD, kv_SE, indexer, pass)
-                               : attend_sparse(q_THD, kv_SE, indexer, pass, selection);
-  const at::Tensor u_TM = at::linear(o_THV.reshape({o_THV.size(0), heads_ * value_}), o_);
+  const at::Tensor u_TM = pass.plan.attention == AttentionMode::DENSE ? attend_dense(qr_TQ, kv_SE, indexer, pass)
+                                                                      : attend_sparse(qr_TQ, kv_SE, indexer, pass, selection);
   return reduce_scatter_rows(u_TM, mesh_.along(Axis::TENSOR));
 }
 
-at::Tensor Mla::attend_dense(const at::Tensor& q_THD, const at::Tensor& kv_SE, const IndexerProjection& indexer,
-                             const ForwardPass& pass) const {
-  const TokenBatch& b = pass.batch;
-  const int64_t keys = kv_SE.size(0);
-  const at::Tensor up_SHX = at::linear(kv_SE.narrow(1, 0, latent_), kv_b_).view({keys, heads_, nope_ + value_});
-  const at::Tensor rope_SHR = kv_SE.narrow(1, latent_, rope_).unsqueeze(1).expand({keys, heads_, rope_});
-  const at::Tensor k_SHD = at::cat({up_SHX.narrow(2, 0, nope_), rope_SHR}, 2);
-  const DenseMlaOutput out = dense_mla(q_THD, k_SHD, up_SHX.narrow(2, nope_, value_), b.start_T, b.end_T, scale_,
-                                       pass.plan.query_block);
-  if (pass.plan.indexer_loss && !pass.first_of_two)
-    dense_indexer_loss({mesh_, layer_, all_heads_, scale_, indexer_->top_k()}, indexer, q_THD.detach(), k_SHD.detach(),
-                       out.lse_TH.detach(), pass);
-  return out.o_THV;
+at::Tensor Mla::queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const RopeTable& rope_R) const {
+  const at::Tensor q_RHD = at::linear(qr_RQ, q_b).view({qr_RQ.size(0), -1, nope_ + rope_});
+  return at::cat({q_RHD.narrow(2, 0, nope_), apply_rope(q_RHD.narrow(2, nope_, rope_), rope_R, RopeLayout::INTERLEAVED)}, 2);
 }
 
-at::Tensor Mla::attend_sparse(const at::Tensor& q_THD, const at::Tensor& kv_SE, const IndexerProjection& indexer,
-                              const ForwardPass& pass, const TopK& selection) const {
-  const at::Tensor b_HXC = kv_b_.view({heads_, nope_ + value_, latent_});
-  const at::Tensor q_THE = at::cat({at::einsum("thp,hpc->thc", {q_THD.narrow(2, 0, nope_), b_HXC.narrow(1, 0, nope_)}),
-                                    q_THD.narrow(2, nope_, rope_)}, 2);
+at::Tensor Mla::latent_queries(const at::Tensor& q_RHD, const at::Tensor& kv_b) const {
+  const at::Tensor b_HXC = kv_b.view({heads_, nope_ + value_, latent_});
+  return at::cat({at::einsum("rhp,hpc->rhc", {q_RHD.narrow(2, 0, nope_), b_HXC.narrow(1, 0, nope_)}),
+                  q_RHD.narrow(2, nope_, rope_)}, 2);
+}
+
+at::Tensor Mla::attend_dense(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
+                             const ForwardPass& pass) const {
+  const int64_t T = qr_TQ.size(0), S = kv_SE.size(0);
   const bool measures = pass.plan.indexer_loss && !pass.first_of_two;
-  const SparseMlaOutput out = sparse_mla(q_THE, kv_SE, selection.indices_TK, selection.lengths_T, scale_, latent_,
-                                         pass.plan.query_block, measures);
-  if (measures)
-    sparse_indexer_loss({mesh_, layer_, all_heads_, scale_, indexer_->top_k()}, indexer, selection, out.mass_TK,
-                        q_THE.detach(), kv_SE.detach(), pass);
-  return at::einsum("thc,hvc->thv", {out.o_THC, b_HXC.narrow(1, nope_, value_)});
+  const auto attend = [this, pass, S, measures, indexer](const Block& block, const std::vector<at::Tensor>& in,
+                                                         std::vector<at::Tensor>& lse) {
+    const TokenBatch& b = pass.batch;
+    const at::Tensor &qr = in[0], &kv = in[1];
+    const at::Tensor q_THD = queries(qr, in[2], b.rope_T);
+    const at::Tensor up_SHX = at::linear(kv.narrow(1, 0, latent_), in[3]).view({S, block.count, nope_ + value_});
+    const at::Tensor rope_SHR = kv.narrow(1, latent_, rope_).unsqueeze(1).expand({S, block.count, rope_});
+    const at::Tensor k_SHD = at::cat({up_SHX.narrow(2, 0, nope_), rope_SHR}, 2);
+    const bool second = block.known.defined();
+    const DenseMlaOutput known{block.known, second ? lse[block.index] : at::Tensor()};
+    const DenseMlaOutput out = dense_mla(q_THD, k_SHD, up_SHX.narrow(2, nope_, value_), b.start_T, b.end_T, scale_,
+                                         pass.plan.query_block, second ? &known : nullptr);
+    lse[block.index] = out.lse_TH;
+    if (measures && !second)
+      dense_indexer_loss({mesh_, layer_, all_heads_, scale_, indexer_->top_k()}, indexer, q_THD.detach(), k_SHD.detach(),
+                         out.lse_TH.detach(), pass);
+    return out.o_THV;
+  };
+  // The indexer's target is a sum over all heads of a row: they are in one block then.
+  const int64_t bytes = (T * (nope_ + rope_) + S * (2 * nope_ + rope_ + value_) + T * value_) * qr_TQ.element_size();
+  const int64_t block = measures ? heads_ : std::clamp<int64_t>(pass.plan.block_bytes / bytes, 1, heads_);
+  auto lse = std::make_shared<std::vector<at::Tensor>>((heads_ + block - 1) / block);
+  const at::Tensor o_THV = blockwise(
+      {{qr_TQ}, {kv_SE}, {q_b_, 0, nope_ + rope_}, {kv_b_, 0, nope_ + value_}}, heads_, block, 1,
+      [attend, lse](const Block& which, const std::vector<at::Tensor>& in) { return attend(which, in, *lse); });
+  return at::linear(o_THV.reshape({T, heads_ * value_}), o_);
+}
+
+at::Tensor Mla::attend_sparse(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
+                              const ForwardPass& pass, const TopK& selection) const {
+  const int64_t T = qr_TQ.size(0);
+  const bool measures = pass.plan.indexer_loss && !pass.first_of_two;
+  // The probabilities of the selected keys, the indexer's target, come with the backward pass where there is one.
+  const bool backward_follows = c10::GradMode::is_enabled() && qr_TQ.requires_grad();
+  struct Target {
+    at::Tensor mass_TK;
+    int64_t rows = 0;
+  };
+  const auto learn = [this, pass, T, indexer, selection, target = std::make_shared<Target>(), qr = qr_TQ.detach(),
+                      kv = kv_SE.detach()](int64_t first, const at::Tensor& mass) {
+    if (first == 0 && mass.size(0) == T) {
+      target->mass_TK = mass;
+    } else {
+      if (!target->mass_TK.defined()) target->mass_TK = at::empty({T, mass.size(1)}, mass.options());
+      target->mass_TK.narrow(0, first, mass.size(0)).copy_(mass);
+    }
+    if ((target->rows += mass.size(0)) < T) return;
+    const c10::NoGradGuard no_grad;
+    const auto latent = [&](const at::Tensor& rows) {
+      const RopeTable& rope = pass.batch.rope_T;
+      return latent_queries(queries(qr.index_select(0, rows), q_b_, {rope.cos_TR2.index_select(0, rows),
+                                                                     rope.sin_TR2.index_select(0, rows)}), kv_b_);
+    };
+    sparse_indexer_loss({mesh_, layer_, all_heads_, scale_, indexer_->top_k()}, indexer, selection, target->mass_TK, latent,
+                        kv, pass);
+  };
+  const auto attend = [this, pass, measures, backward_follows, selection, learn](const Block& block,
+                                                                                 const std::vector<at::Tensor>& in) {
+    const auto rows = [&](const at::Tensor& x) { return x.narrow(0, block.begin, block.count); };
+    const RopeTable& rope = pass.batch.rope_T;
+    const at::Tensor q_RHE = latent_queries(queries(in[0], in[2], {rows(rope.cos_TR2), rows(rope.sin_TR2)}), in[3]);
+    MassReceiver receive;
+    if (measures && backward_follows) receive = [learn, first = block.begin](const at::Tensor& mass) { learn(first, mass); };
+    const SparseMlaOutput out = sparse_mla(q_RHE, in[1], rows(selection.indices_TK), rows(selection.lengths_T), scale_, latent_,
+                                           pass.plan.query_block, measures && !backward_follows, receive);
+    if (out.mass_TK.defined()) learn(block.begin, out.mass_TK);
+    const at::Tensor b_HXC = in[3].view({heads_, nope_ + value_, latent_});
+    const at::Tensor o_RHV = at::einsum("rhc,hvc->rhv", {out.o_THC, b_HXC.narrow(1, nope_, value_)});
+    return at::linear(o_RHV.reshape({block.count, heads_ * value_}), in[4]);
+  };
+  const int64_t bytes = heads_ * (2 * (nope_ + rope_) + 3 * (latent_ + rope_) + 2 * latent_ + 2 * value_) * qr_TQ.element_size();
+  const int64_t block = std::max<int64_t>(pass.plan.block_bytes / bytes, 1);
+  return blockwise({{qr_TQ, 0}, {kv_SE}, {q_b_}, {kv_b_}, {o_}}, T, block, 0, attend);
 }
 
 }  // namespace dsa

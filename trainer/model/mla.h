@@ -25,10 +25,16 @@ class Mla {
   at::Tensor forward(const at::Tensor& h_NM, const ForwardPass& pass, TopK& selection) const;
 
  private:
-  at::Tensor attend_dense(const at::Tensor& q_THD, const at::Tensor& kv_SE, const IndexerProjection& indexer,
+  // Latent queries and keys -> u_TM, this rank's heads' part of the output. Dense attention goes by blocks of heads,
+  // sparse attention by blocks of rows, each from the latent query on.
+  at::Tensor attend_dense(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
                           const ForwardPass& pass) const;
-  at::Tensor attend_sparse(const at::Tensor& q_THD, const at::Tensor& kv_SE, const IndexerProjection& indexer,
+  at::Tensor attend_sparse(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
                            const ForwardPass& pass, const TopK& selection) const;
+  // q of some rows and of as many heads as q_b has, rotated.
+  at::Tensor queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const RopeTable& rope_R) const;
+  // The same with W_UK absorbed: [rows, heads, latent + rope].
+  at::Tensor latent_queries(const at::Tensor& q_RHD, const at::Tensor& kv_b) const;
 
   Mesh& mesh_;
   int64_t layer_, heads_, all_heads_, nope_, rope_, value_, latent_;

@@ -1,7 +1,10 @@
 #include "trainer/model/mlp.h"
 
+#include <algorithm>
+
 #include "kernels/grouped_mlp/grouped_mlp.h"
 #include "parallel/collectives.h"
+#include "trainer/model/blockwise.h"
 
 namespace dsa {
 
@@ -12,9 +15,13 @@ Mlp::Mlp(const ModelBuilder& builder, const std::string& prefix, int64_t interme
   down_ = builder.tensor_split_matrix(prefix + "down_proj.weight", hidden, intermediate, 1);
 }
 
-at::Tensor Mlp::forward(const at::Tensor& x_NM) const {
+at::Tensor Mlp::forward(const at::Tensor& x_NM, const StagePlan& plan) const {
   Communicator& tensor = mesh_.along(Axis::TENSOR);
-  return reduce_scatter_rows(swiglu_mlp(gather_rows(x_NM, tensor), gate_, up_, down_), tensor);
+  const at::Tensor x_TM = gather_rows(x_NM, tensor);
+  const int64_t row_bytes = 6 * gate_.size(0) * gate_.element_size();  // three products and their gradients
+  const at::Tensor y_TM = blockwise({{x_TM, 0}, {gate_}, {up_}, {down_}}, x_TM.size(0), std::max<int64_t>(plan.block_bytes / row_bytes, 1), 0,
+                                    [](const Block&, const std::vector<at::Tensor>& in) { return swiglu_mlp(in[0], in[1], in[2], in[3]); });
+  return reduce_scatter_rows(y_TM, tensor);
 }
 
 }  // namespace dsa

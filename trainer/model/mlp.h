@@ -2,6 +2,7 @@
 // size is split over the tensor axis; rows are gathered before and summed and scattered after.
 #pragma once
 
+#include "trainer/model/forward_pass.h"
 #include "trainer/model/model_builder.h"
 
 namespace dsa {
@@ -10,7 +11,7 @@ class Mlp {
  public:
   // prefix: "model.layers.L.mlp." or "model.layers.L.mlp.shared_experts."
   Mlp(const ModelBuilder& builder, const std::string& prefix, int64_t intermediate);
-  at::Tensor forward(const at::Tensor& x_NM) const;
+  at::Tensor forward(const at::Tensor& x_NM, const StagePlan& plan) const;
 
  private:
   Mesh& mesh_;

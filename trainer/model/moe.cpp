@@ -34,7 +34,7 @@ FeedForwardOutput Moe::forward(const at::Tensor& h_NM, const ForwardPass& pass) 
   ExpertDispatch dispatch(chosen.experts_NK, chosen.weights_NK, experts_, mesh_.along(Axis::EXPERT));
   const at::Tensor rows_RM = dispatch.dispatch(h_NM);
   at::Tensor y_NM = dispatch.combine(grouped_swiglu(rows_RM, dispatch.rows_per_expert(), gate_, up_, down_));
-  for (const Mlp& shared : shared_) y_NM = y_NM + shared.forward(h_NM);
+  for (const Mlp& shared : shared_) y_NM = y_NM + shared.forward(h_NM, pass.plan);
 
   at::Tensor balance = at::zeros({}, logits_NE.options().requires_grad(false));
   if (pass.plan.balance_scale != 0) {

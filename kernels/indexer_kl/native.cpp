@@ -1,0 +1,159 @@
+#include "kernels/indexer_kl/native.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "kernels/indexer_kl/dense_params.h"
+#include "kernels/indexer_kl/sparse_params.h"
+#include "kernels/native.h"
+#include "kernels/quantum.h"
+
+namespace dsa::native {
+namespace {
+
+constexpr size_t kMostWorkspace = size_t{11} << 28;  // 2.75 GiB
+constexpr int64_t kMostRows = 4096, kRowStep = 256;  // of a block
+
+QuantumGuess quantum;
+
+const char* refusal(const IndexerInputs& x) {
+  if (!x.q_TJI.is_cuda()) return "not on a GPU";
+  if (x.q_TJI.scalar_type() != at::kBFloat16) return "the kernels take bf16";
+  if (x.q_TJI.size(2) != 128 || x.q_TJI.size(1) > 64) return "indexers other than up to 64 heads of 128";
+  if (x.q_TJI.size(0) == 0) return "no rows";
+  return nullptr;
+}
+
+// Contiguous, in the dtypes of the kernels; alive as long as a launch is described.
+struct Inputs {
+  at::Tensor q, k, w;
+  explicit Inputs(const IndexerInputs& x)
+      : q(x.q_TJI.contiguous()), k(x.k_SI.contiguous()), w(x.w_TJ.to(at::kFloat).contiguous()) {}
+};
+
+IndexerGradients gradients_like(const Inputs& x) {
+  return {at::empty_like(x.q), at::zeros(x.k.sizes(), x.w.options()), at::empty_like(x.w)};
+}
+
+}  // namespace
+
+bool indexer_kl_dense_supports(const at::Tensor& q_THD, const IndexerInputs& indexer, const char** why_not) {
+  *why_not = refusal(indexer);
+  if (!*why_not && (q_THD.scalar_type() != at::kBFloat16 || q_THD.size(2) != 192)) *why_not = "attention heads other than 128 + 64 in bf16";
+  return !*why_not;
+}
+
+IndexerLoss indexer_kl_dense(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& lse_TH, double scale,
+                             const IndexerInputs& indexer, const at::Tensor& start_T, const at::Tensor& end_T, int64_t top_k,
+                             const at::Tensor& row_weight_T, double loss_scale, bool want_gradient) {
+  const Inputs x(indexer);
+  const at::Tensor q = q_THD.stride(2) == 1 ? q_THD : q_THD.contiguous(), k = k_SHD.contiguous();
+  const at::Tensor lse = lse_TH.to(at::kFloat), start = start_T.to(at::kInt).contiguous(), end = end_T.to(at::kInt).contiguous();
+  const at::Tensor weight = row_weight_T.to(at::kFloat).contiguous();
+  const int64_t T = q.size(0), S = k.size(0);
+  IndexerLoss out{at::empty({T}, x.w.options()), at::empty({T}, x.w.options()), at::empty({T}, x.w.options()), {}};
+
+  IndexerKlDenseParams p;
+  AttentionMassParams& a = p.attention;
+  a.queries = T;
+  a.keys = S;
+  a.heads = static_cast<int>(q.size(1));
+  a.scale = static_cast<float>(scale);
+  a.q = q.const_data_ptr();
+  a.q_stride = q.stride(0);
+  a.q_head_stride = q.stride(1);
+  a.k = k.const_data_ptr();
+  a.k_stride = a.k_rope_stride = k.stride(0);
+  a.k_head_stride = k.stride(1);
+  a.k_rope = static_cast<const char*>(a.k) + 128 * k.element_size();
+  a.lse = lse.const_data_ptr<float>();
+  a.lse_stride = lse.stride(0);
+  a.lse_head_stride = lse.stride(1);
+  a.start = start.const_data_ptr<int32_t>();
+  a.end = end.const_data_ptr<int32_t>();
+  a.stream = current_stream(q);
+
+  p.scores.dtype = IndexerDtype::BF16;
+  p.scores.heads = p.gradient.heads = static_cast<int>(x.q.size(1));
+  p.scores.dim = p.gradient.dim = 128;
+  p.scores.q = p.gradient.q = x.q.const_data_ptr();
+  p.scores.q_stride = p.gradient.q_stride = x.q.stride(0);
+  p.scores.k = p.gradient.k = x.k.const_data_ptr();
+  p.scores.k_stride = p.gradient.k_stride = x.k.stride(0);
+  p.scores.w = p.gradient.w = x.w.const_data_ptr<float>();
+  p.scores.w_stride = p.gradient.w_stride = x.w.stride(0);
+  if (want_gradient) {
+    out.gradients = gradients_like(x);
+    p.gradient.dq = out.gradients.dq_TJD.data_ptr();
+    p.gradient.dw = out.gradients.dw_TJ.data_ptr<float>();
+    p.gradient.dk = out.gradients.dk_SD.data_ptr<float>();
+  }
+  p.rows.all_heads = a.heads;
+  p.rows.row_weight = weight.const_data_ptr<float>();
+  p.rows.loss_scale = static_cast<float>(loss_scale);
+  p.rows.kl = out.kl_T.data_ptr<float>();
+  p.rows.entropy_prediction = out.entropy_T.data_ptr<float>();
+  p.rows.recall = out.recall_T.data_ptr<float>();
+  p.top_k = static_cast<int>(top_k);
+
+  int64_t rows = std::min((T + kRowStep - 1) / kRowStep * kRowStep, kMostRows);
+  while (rows > kRowStep && indexer_kl_dense_workspace_bytes(p, rows) > kMostWorkspace) rows -= kRowStep;
+  p.workspace_bytes = indexer_kl_dense_workspace_bytes(p, rows);
+  const at::Tensor workspace = at::empty({static_cast<int64_t>(p.workspace_bytes)}, q.options().dtype(at::kByte));
+  p.workspace = workspace.data_ptr();
+  launch_indexer_kl_dense_sm90(p);
+  return out;
+}
+
+bool indexer_kl_sparse_supports(const IndexerInputs& indexer, int64_t top_k, const char** why_not) {
+  *why_not = refusal(indexer);
+  if (!*why_not && (top_k % 64 || top_k > 4096)) *why_not = "top_k must be a multiple of 64, at most 4096";
+  return !*why_not;
+}
+
+IndexerLoss indexer_kl_sparse(const at::Tensor& p_TK, const TopK& selected, const IndexerInputs& indexer,
+                              const at::Tensor& row_weight_T, double loss_scale) {
+  const Inputs x(indexer);
+  const at::Tensor target = p_TK.contiguous(), indices = selected.indices_TK.contiguous(), lengths = selected.lengths_T.contiguous();
+  const at::Tensor weight = row_weight_T.to(at::kFloat).contiguous();
+  const int64_t T = x.q.size(0), S = x.k.size(0);
+  IndexerLoss out{at::empty({T}, x.w.options()), at::empty({T}, x.w.options()), {}, gradients_like(x)};
+  const at::Tensor sum = at::empty({S, 128}, x.w.options()), amax = at::zeros({1}, x.w.options());
+  IndexerKlSparseParams p;
+  p.queries = T;
+  p.keys = S;
+  p.heads = static_cast<int>(x.q.size(1));
+  p.k = static_cast<int>(indices.size(1));
+  p.q = x.q.const_data_ptr();
+  p.q_stride = x.q.stride(0);
+  p.key = x.k.const_data_ptr();
+  p.k_stride = x.k.stride(0);
+  p.w = x.w.const_data_ptr<float>();
+  p.w_stride = x.w.stride(0);
+  p.indices = indices.const_data_ptr<int32_t>();
+  p.indices_stride = indices.stride(0);
+  p.lengths = lengths.const_data_ptr<int32_t>();
+  p.p_sel = target.const_data_ptr<float>();
+  p.p_stride = target.stride(0);
+  p.loss_scale = static_cast<float>(loss_scale);
+  p.row_weight = weight.const_data_ptr<float>();
+  p.kl = out.kl_T.data_ptr<float>();
+  p.entropy_prediction = out.entropy_T.data_ptr<float>();
+  p.dq = out.gradients.dq_TJD.data_ptr();
+  p.dw = out.gradients.dw_TJ.data_ptr<float>();
+  p.dk_sum = sum.data_ptr<float>();
+  p.stream = current_stream(x.q);
+  quantum.run("indexer_kl", [&](float q) {
+    sum.zero_();
+    p.quantum = q;
+    launch_indexer_kl_sparse_sm90(p);
+    launch_indexer_kl_sparse_finish_sm90(p.dk_sum, S, out.gradients.dk_SD.data_ptr(), /*bf16=*/false, amax.data_ptr<float>(), p.stream);
+    return amax.item<float>();
+  });
+  return out;
+}
+
+}  // namespace dsa::native
