@@ -6,6 +6,7 @@
 #include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -99,7 +100,10 @@ std::string label(const testing::TestParamInfo<Kind>& info) {
 class Contract : public testing::TestWithParam<Kind> {
  protected:
   void SetUp() override {
-    comm_ = make(GetParam());
+    const Kind kind = GetParam();
+    std::unique_ptr<Communicator>& kept = kind >= Kind::NCCL ? shared_[kind == Kind::NCCL_CHECKED] : own_;
+    if (!kept) kept = make(kind);
+    comm_ = kept.get();
     if (!comm_) GTEST_SKIP() << test::kNoGpus;
     rank_ = comm_->rank(), size_ = comm_->size();
     if (GetParam() == Kind::NCCL || GetParam() == Kind::NCCL_CHECKED) device_ = *test::gpu_of_rank();
@@ -113,7 +117,14 @@ class Contract : public testing::TestWithParam<Kind> {
     return at::empty(shape, at::TensorOptions(dtype).device(device_));
   }
 
-  std::unique_ptr<Communicator> comm_;
+  static void TearDownTestSuite() {  // before MPI ends
+    for (auto& comm : shared_) comm.reset();
+  }
+
+  // NCCL takes a second to open: its tests share one communicator without and one with call checking.
+  inline static std::array<std::unique_ptr<Communicator>, 2> shared_;
+  std::unique_ptr<Communicator> own_;
+  Communicator* comm_ = nullptr;
   int rank_ = 0, size_ = 1;
   at::Device device_ = at::kCPU;
 
