@@ -1,6 +1,6 @@
-// dsa_layer_bench [--json FILE] [--lengths 4096,8192,...] [--modes dense,warmup,sparse] [--repeats N]
+// [mpirun -np N] dsa_layer_bench [--json FILE] [--lengths 4096,8192,...] [--modes dense,warmup,sparse] [--repeats N]
 //
-// One decoder layer of the 671B model (hidden 7168, 128 heads, dense FFN 18432), batch 1, bf16, on one GPU: forward and
+// One decoder layer of the 671B model (hidden 7168, 128 heads, dense FFN 18432), batch 1, bf16, on one GPU, or its rows dealt to N GPUs (context parallel): forward and
 // backward of the product's own layer code. Prints milliseconds (median, wall clock, device synchronised), tokens/s, peak
 // memory and model TFLOP/s. FLOPs counted, T tokens, P matrix parameters, H heads, causal pairs = T (T + 1) / 2,
 // selected pairs = sum_t min(t + 1, 2048):
@@ -20,12 +20,14 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <sstream>
 
 #include "kernels/native.h"
 #include "parallel/device.h"
+#include "tools/launch.h"
 #include "trainer/model/decoder_layer.h"
 
 namespace dsa {
@@ -63,7 +65,7 @@ double floating_point_operations(const std::string& mode, const ModelConfig& c, 
 
 class LayerBench {
  public:
-  LayerBench(at::Device device, const std::string& mode) : mesh_(Mesh::single(device)), mode_(mode), config_(layer_of_671b()) {
+  LayerBench(Mesh mesh, const std::string& mode) : mesh_(std::move(mesh)), mode_(mode), config_(layer_of_671b()) {
     const ModelBuilder builder{config_, mesh_, at::kBFloat16, list_};
     layer_.emplace(builder, 0, /*hadamard=*/false);
     for (Parameter& p : list_.parameters) {
@@ -85,14 +87,17 @@ class LayerBench {
     for (int32_t& t : sample.tokens) t = static_cast<int32_t>(random() % kVocabulary);
     const TokenBatch batch = make_batch({sample}, config_, mesh_, at::kBFloat16);
     const auto options = at::TensorOptions().dtype(at::kBFloat16).device(mesh_.device());
-    at::Tensor x = at::randn({tokens, config_.hidden_size}, options);
-    const at::Tensor dy = at::randn({tokens, config_.hidden_size}, options);
+    const int64_t own = batch.stream_row_N.size(0);
+    at::Tensor x = at::randn({own, config_.hidden_size}, options);
+    const at::Tensor dy = at::randn({own, config_.hidden_size}, options);
     plan_.kl_scale = 1.0 / static_cast<double>(tokens);
     at::getDeviceAllocator(mesh_.device().type())->resetPeakStats(mesh_.device().index());
     std::vector<double> milliseconds;
     for (int i = 0; i <= repeats; ++i) {
+      mesh_.along(Axis::WORLD).barrier();
       const double begin = now();
       step(x, dy, batch);
+      mesh_.along(Axis::WORLD).barrier();  // the slowest rank counts
       if (i > 0) milliseconds.push_back((now() - begin) * 1e3);
     }
     std::sort(milliseconds.begin(), milliseconds.end());
@@ -149,12 +154,16 @@ int run(int argc, char** argv) {
     std::puts("no CUDA device");
     return 0;
   }
-  const at::Device device = open_gpu(0, 1);
-  std::printf("%s\n%-7s %8s %10s %10s %9s %9s\n", describe_gpu(device).c_str(), "mode", "tokens", "ms", "tokens/s", "peak GiB",
+  const int ranks = launched_size();
+  std::unique_ptr<MpiSession> mpi;
+  if (ranks > 1) mpi = std::make_unique<MpiSession>(&argc, &argv);
+  const at::Device device = open_gpu(launched_local_rank(), launched_local_size());
+  if (launched_rank() > 0 && !std::freopen("/dev/null", "w", stdout)) throw std::runtime_error("cannot silence this rank");
+  std::printf("%d x %s\n%-7s %8s %10s %10s %9s %9s\n", ranks, describe_gpu(device).c_str(), "mode", "tokens", "ms", "tokens/s", "peak GiB",
               "TFLOP/s");
   nlohmann::json results = nlohmann::json::array();
   for (const std::string& mode : split(modes)) {
-    LayerBench bench(device, mode);
+    LayerBench bench(ranks > 1 ? Mesh({.context = ranks}, /*check_calls=*/false, device) : Mesh::single(device), mode);
     for (const std::string& length : split(lengths)) {
       try {
         const Result r = bench.measure(std::stoll(length), repeats);
@@ -170,7 +179,8 @@ int run(int argc, char** argv) {
     }
   }
   for (const auto& [op, implementation] : implementations_that_ran()) std::printf("%-16s %s\n", op.c_str(), implementation.c_str());
-  if (!json.empty()) std::ofstream(json) << nlohmann::json{{"device", describe_gpu(device)}, {"results", results}}.dump(1) << "\n";
+  if (!json.empty() && launched_rank() == 0)
+    std::ofstream(json) << nlohmann::json{{"device", describe_gpu(device)}, {"ranks", ranks}, {"results", results}}.dump(1) << "\n";
   return 0;
 }
 
