@@ -1,4 +1,5 @@
 // What the Hopper kernels of indexer_backward accept, and their tensor maps.
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -10,6 +11,17 @@ namespace dsa {
 namespace {
 
 constexpr auto kBf16 = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+
+size_t bits_bytes(int64_t keys, int64_t rows) {
+  using namespace indexer_backward_sm90;
+  return static_cast<size_t>((rows + 1) / 2 * ((keys + 2 * kTile - 1) / (2 * kTile) * 2) * kPairWords * 4);
+}
+
+// Query rows at a time: pairs for every multiprocessor, as often as half a GiB of bits allows, at least twice.
+int64_t block_rows(const IndexerBackwardParams& p) {
+  const int64_t wave = 2 * cuda::multiprocessors(), waves = static_cast<int64_t>((size_t{1} << 29) / (bits_bytes(p.keys, wave) + 1));
+  return std::min(std::max<int64_t>(waves, 2) * wave, p.queries + p.queries % 2);
+}
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
@@ -29,7 +41,7 @@ bool sm90_supports(const IndexerBackwardParams& p, const char** why_not) {
 }
 
 size_t indexer_backward_workspace_bytes(const IndexerBackwardParams& p) {
-  return indexer_backward_sm90::keys_workspace_bytes(p.keys, cuda::multiprocessors());
+  return bits_bytes(p.keys, block_rows(p)) + indexer_backward_sm90::keys_workspace_bytes(p.keys, cuda::multiprocessors());
 }
 
 void launch_indexer_backward_sm90(const IndexerBackwardParams& p) {
@@ -48,14 +60,23 @@ void launch_indexer_backward_sm90(const IndexerBackwardParams& p) {
     return;
   }
   const auto size = [](int64_t n) { return static_cast<uint64_t>(n); };
-  const Maps maps{
-      cuda::make_tensor_map(p.q, {kBf16, 3, {kDim, size(p.heads), size(p.queries)}, {kDim * 2, size(p.q_stride) * 2}, {64, kHeads, 2}}),
-      cuda::make_tensor_map(p.k, {kBf16, 2, {kDim, size(p.keys), 1}, {size(p.k_stride) * 2, 0}, {64, kTile, 1}}),
-      cuda::make_tensor_map(p.d_logits, {kBf16, 2, {size(p.keys), size(p.queries), 1}, {size(p.d_logits_stride) * 2, 0}, {64, 2, 1}})};
-  const Arguments a{static_cast<int>(p.queries), static_cast<int>(p.keys), p.heads, p.w, p.w_stride, p.start, p.end,
-                    p.dq, p.dq_bf16, p.dw, p.dk};
-  launch_queries(maps, a, p.stream);
-  launch_keys(maps, a, p.workspace, p.stream);
+  const int64_t block = block_rows(p);
+  void* const key_work = static_cast<char*>(p.workspace) + bits_bytes(p.keys, block);
+  const auto* const q = static_cast<const uint16_t*>(p.q);
+  const auto* const d = static_cast<const uint16_t*>(p.d_logits);
+  for (int64_t t = 0; t < p.queries; t += block) {
+    const int64_t rows = std::min(block, p.queries - t);
+    const Maps maps{
+        cuda::make_tensor_map(q + t * p.q_stride, {kBf16, 3, {kDim, size(p.heads), size(rows)}, {kDim * 2, size(p.q_stride) * 2}, {64, kHeads, 2}}),
+        cuda::make_tensor_map(p.k, {kBf16, 2, {kDim, size(p.keys), 1}, {size(p.k_stride) * 2, 0}, {64, kTile, 1}}),
+        cuda::make_tensor_map(d + t * p.d_logits_stride, {kBf16, 2, {size(p.keys), size(rows), 1}, {size(p.d_logits_stride) * 2, 0}, {64, 2, 1}})};
+    const Arguments a{static_cast<int>(rows), static_cast<int>(p.keys), p.heads, p.w + t * p.w_stride, p.w_stride,
+                      p.start ? p.start + t : nullptr, p.end ? p.end + t : nullptr,
+                      static_cast<char*>(p.dq) + t * p.heads * kDim * (p.dq_bf16 ? 2 : 4), p.dq_bf16, p.dw + t * p.heads, p.dk,
+                      static_cast<uint32_t*>(p.workspace)};
+    launch_queries(maps, a, p.stream);
+    launch_keys(maps, a, key_work, p.stream);
+  }
 }
 
 }  // namespace dsa

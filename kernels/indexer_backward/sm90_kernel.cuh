@@ -1,10 +1,9 @@
 // What the two kernels of the indexer's backward pass on Hopper share; see params.h for the formula.
 //
-// A CTA holds 128 rows of its own (two queries of 64 heads, or 128 keys), 64 a warpgroup, and streams tiles of 128 rows of
-// the other kind (128 keys, or two queries of 64 heads) past them. A tile meets them twice: S = -(own . tile^T), whose sign bit
-// is set exactly where q.k > 0 and selects the elements of dI; the selected elements, in the registers where S was, are then
-// the left operand of sums += selected . tile. Two tiles are in hand at a time: while one is selected on the general cores,
-// the tensor core works on the other. A warp of a third warpgroup keeps a ring of tiles full.
+// Both hold rows of their own and stream tiles of 128 rows of the other kind past them: the kernel of the queries two queries
+// of 64 heads against keys, the kernel of the keys 256 keys against queries. The first forms q.k and leaves a bit for every
+// query, head and key, 1 where q.k > 0; the second needs no product but its sums. A launch goes over blocks of query rows,
+// as many as their bits fit into the workspace.
 #pragma once
 
 #include <cuda.h>
@@ -22,12 +21,15 @@ namespace dsa::indexer_backward_sm90 {
 
 constexpr int kDim = 128;
 constexpr int kHeads = 64;                    // a query's heads, padded with zeros by the copy engine
-constexpr int kTile = 128;                    // rows of a streamed tile, and a CTA's own
+constexpr int kTile = 128;                    // rows of a streamed tile: keys, or (query, head)
 constexpr int kPanelBytes = kTile * 128;      // 64 columns of a tile, 128-byte swizzled
-constexpr int kStageBytes = 2 * kPanelBytes;
-constexpr int kGroupBytes = 64 * 128;         // a warpgroup's own rows in a panel
+constexpr int kTileBytes = 2 * kPanelBytes;
 constexpr int kStages = 5;
 constexpr int kThreads = 384;
+
+// Bits of two queries and a tile of keys, [query][head/8][key/2%4][head%8] words: bit 31 - 2b - e is key 8b + 2(key/2%4) + e.
+constexpr int kQueryWords = kHeads * kTile / 32;
+constexpr int kPairWords = 2 * kQueryWords;
 
 struct Range {
   int begin, end;
@@ -41,23 +43,20 @@ struct Arguments {
   void* dq;                    // [T,J,128]
   bool dq_bf16;
   float *dw, *dk;              // [T,J], [S,128]
+  uint32_t* bits;              // [pairs of queries][key tiles, an even number][kPairWords]
 
   __device__ __forceinline__ Range range(int t) const {
     if (t >= queries) return {0, 0};
     const int from = start ? max(__ldg(start + t), 0) : 0, to = end ? min(__ldg(end + t), keys) : keys;
     return from < to ? Range{from, to} : Range{0, 0};
   }
+  __device__ __forceinline__ int bit_tiles() const { return (keys + 2 * kTile - 1) / (2 * kTile) * 2; }
+  __device__ __forceinline__ uint32_t* bits_of(int pair, int tile) const { return bits + (int64_t{pair} * bit_tiles() + tile) * kPairWords; }
 };
 
-// Queries of the launch, padded to 64 heads, in boxes of two; keys in boxes of 128; dI in boxes of two queries x 64 keys.
+// Queries of the launch in boxes of two with 64 heads; keys in boxes of 128; dI in boxes of two queries x 64 keys.
 struct Maps {
   CUtensorMap q, k, d;
-};
-
-// Of a stage: dI of two queries and 128 keys lies as two panels of 64 keys x two rows of 128 bytes.
-struct Tiles {
-  alignas(1024) char tile[kStages][kStageBytes];
-  alignas(1024) char d[kStages][512];
 };
 
 __device__ __forceinline__ uint32_t load32(uint32_t address) {
@@ -65,24 +64,14 @@ __device__ __forceinline__ uint32_t load32(uint32_t address) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address));
   return x;
 }
-__device__ __forceinline__ float load_bf16(uint32_t address) {
-  uint16_t x;
-  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(address));
-  return __uint_as_float(uint32_t{x} << 16);
-}
-__device__ __forceinline__ float4 load_float4(uint32_t address) {
-  float4 x;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address));
-  return x;
-}
 
 /// Where 16-byte chunk 0 of a swizzled row of 128 bytes lies; chunk c: xor with c << 4.
 __device__ __forceinline__ uint32_t swizzled_row(uint32_t row) { return row ^ (row >> 3 & 0x70); }
 
-/// 0xFFFF in the half of each argument whose sign bit is set.
-__device__ __forceinline__ uint32_t signs(float low, float high) {
+/// 0xFFFF in the half of each argument whose top bit is set.
+__device__ __forceinline__ uint32_t signs(uint32_t low, uint32_t high) {
   uint32_t x;
-  asm("prmt.b32 %0, %1, %2, 0xFFBB;" : "=r"(x) : "r"(__float_as_uint(low)), "r"(__float_as_uint(high)));
+  asm("prmt.b32 %0, %1, %2, 0xFFBB;" : "=r"(x) : "r"(low), "r"(high));
   return x;
 }
 
@@ -96,24 +85,6 @@ __device__ __forceinline__ void arrive_once_a_warp(uint64_t* barrier) {
   if (threadIdx.x % 32 == 0) cuda::mbarrier_arrive(barrier);
 }
 
-/// s = -(own . tile^T), 64 x 128. own: a warpgroup's rows in the first panel of a tile.
-__device__ __forceinline__ void negative_scores(float (&s)[64], const char* own, const char* tile) {
-  cuda::wgmma_fence();
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    cuda::wgmma_bf16_n128<false, false, -1>(s, cuda::operand_along_k(own + i / 4 * kPanelBytes) + 2 * (i % 4),
-                                            cuda::operand_along_k(tile + i / 4 * kPanelBytes) + 2 * (i % 4), i > 0);
-  cuda::wgmma_commit();
-}
-
-/// sums += selected . tile, 64 x 128.
-__device__ __forceinline__ void add_selected(float (&sums)[64], const uint32_t (&selected)[8][4], const char* tile) {
-  cuda::wgmma_fence();
-#pragma unroll
-  for (int i = 0; i < 8; ++i) cuda::wgmma_bf16_n128<true>(sums, selected[i], cuda::operand_across_k(tile, kPanelBytes) + 128 * i);
-  cuda::wgmma_commit();
-}
-
 struct Stage {
   int index = 0;
   uint32_t parity = 0;
@@ -121,35 +92,6 @@ struct Stage {
     if (++index == kStages) index = 0, parity ^= 1;
   }
 };
-
-/// Two tiles: select(s, stage, which, selected) turns scores into selected elements of dI.
-template <class Select>
-__device__ __forceinline__ void two_tiles(float (&sums)[64], const char* own, Tiles& tiles, uint64_t* full, uint64_t* free, Stage& stage,
-                                          const Select& select) {
-  float first[64], second[64];
-  const int a = stage.index;
-  cuda::mbarrier_wait(&full[a], stage.parity);
-  negative_scores(first, own, tiles.tile[a]);
-  stage.next();
-  const int b = stage.index;
-  cuda::mbarrier_wait(&full[b], stage.parity);
-  negative_scores(second, own, tiles.tile[b]);
-  stage.next();
-  uint32_t selected_first[8][4], selected_second[8][4];
-  cuda::wgmma_wait<1>();
-  cuda::wgmma_settle(first);
-  select(first, a, 0, selected_first);
-  add_selected(sums, selected_first, tiles.tile[a]);
-  cuda::wgmma_wait<1>();
-  cuda::wgmma_settle(second);
-  select(second, b, 1, selected_second);
-  add_selected(sums, selected_second, tiles.tile[b]);
-  cuda::wgmma_wait<1>();
-  arrive_once_a_warp(&free[a]);
-  cuda::wgmma_wait<0>();
-  arrive_once_a_warp(&free[b]);
-  cuda::wgmma_settle(sums);
-}
 
 void launch_queries(const Maps& maps, const Arguments& a, cudaStream_t stream);
 /// workspace: keys_workspace_bytes, 16-byte aligned.

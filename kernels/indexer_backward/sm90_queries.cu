@@ -1,19 +1,71 @@
 // Backward pass of the indexer on Hopper, the part that belongs to queries: dq and dw.
 //
-// A CTA's own rows are two queries of 64 heads, a warpgroup each; it streams the keys that either wants. dI of a query is the
-// same for all its heads, so that an element is selected in two instructions a pair. w and dw stay out of the loop:
-// dq = w sum_s m k and dw = q . sum_s m k.
+// A CTA's own rows are two queries of 64 heads, a warpgroup each; it streams the keys that either wants. A tile of keys meets
+// them twice: S = -(own . tile^T), whose sign bit is set exactly where q.k > 0 and selects the elements of dI, the same for
+// all heads of a query; the selected elements, in the registers where S was, are then the left operand of
+// sums += selected . tile. w and dw stay out of the loop: dq = w sum_s m k and dw = q . sum_s m k. Two tiles are in hand at a
+// time: while one is selected on the general cores, the tensor core works on the other. A third warpgroup's thread keeps a
+// ring of tiles full.
 #include "kernels/cuda/check.h"
 #include "kernels/indexer_backward/sm90_kernel.cuh"
 
 namespace dsa::indexer_backward_sm90 {
 namespace {
 
+constexpr int kGroupBytes = 64 * 128;  // a warpgroup's own rows in a panel
+
 struct Shared {
-  alignas(1024) char own[kStageBytes];
-  Tiles tiles;
+  alignas(1024) char own[kTileBytes];
+  alignas(1024) char tile[kStages][kTileBytes];
+  alignas(1024) char d[kStages][512];  // dI: two panels of 64 keys, two rows of 128 bytes
   uint64_t full[kStages], free[kStages], own_full, own_free;
 };
+
+/// s = -(own . tile^T), 64 x 128. own: a warpgroup's rows in the first panel of a tile.
+__device__ __forceinline__ void negative_scores(float (&s)[64], const char* own, const char* tile) {
+  cuda::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    cuda::wgmma_bf16_n128<false, false, -1>(s, cuda::operand_along_k(own + i / 4 * kPanelBytes) + 2 * (i % 4),
+                                            cuda::operand_along_k(tile + i / 4 * kPanelBytes) + 2 * (i % 4), i > 0);
+  cuda::wgmma_commit();
+}
+
+/// sums += selected . tile, 64 x 128.
+__device__ __forceinline__ void add_selected(float (&sums)[64], const uint32_t (&selected)[8][4], const char* tile) {
+  cuda::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) cuda::wgmma_bf16_n128<true>(sums, selected[i], cuda::operand_across_k(tile, kPanelBytes) + 128 * i);
+  cuda::wgmma_commit();
+}
+
+/// Two tiles: select(s, stage, which, selected) turns scores into selected elements of dI.
+template <class Select>
+__device__ __forceinline__ void two_tiles(float (&sums)[64], const char* own, Shared& s, Stage& stage, const Select& select) {
+  float first[64], second[64];
+  const int a = stage.index;
+  cuda::mbarrier_wait(&s.full[a], stage.parity);
+  negative_scores(first, own, s.tile[a]);
+  stage.next();
+  const int b = stage.index;
+  cuda::mbarrier_wait(&s.full[b], stage.parity);
+  negative_scores(second, own, s.tile[b]);
+  stage.next();
+  uint32_t selected_first[8][4], selected_second[8][4];
+  cuda::wgmma_wait<1>();
+  cuda::wgmma_settle(first);
+  select(first, a, 0, selected_first);
+  add_selected(sums, selected_first, s.tile[a]);
+  cuda::wgmma_wait<1>();
+  cuda::wgmma_settle(second);
+  select(second, b, 1, selected_second);
+  add_selected(sums, selected_second, s.tile[b]);
+  cuda::wgmma_wait<1>();
+  arrive_once_a_warp(&s.free[a]);
+  cuda::wgmma_wait<0>();
+  arrive_once_a_warp(&s.free[b]);
+  cuda::wgmma_settle(sums);
+}
 
 // Queries in pairs, those with the most keys (the last ones of a causal block) first.
 struct Pair {
@@ -28,7 +80,7 @@ struct Pair {
       range[i] = a.range(first_query + i);
       if (range[i].begin < range[i].end) from = min(from, range[i].begin), to = max(to, range[i].end);
     }
-    begin = from & ~63;
+    begin = from / kTile * kTile;
     tiles = from < to ? (to - begin + 2 * kTile - 1) / (2 * kTile) * 2 : 0;
   }
 };
@@ -47,10 +99,10 @@ __device__ void load_tiles(const Maps& maps, const Arguments& a, Shared& s) {
       const int key = pair.begin + i * kTile;
       uint64_t* full = &s.full[stage.index];
       cuda::mbarrier_wait(&s.free[stage.index], stage.parity ^ 1);
-      cuda::mbarrier_arrive_expect(full, kStageBytes + 512);
+      cuda::mbarrier_arrive_expect(full, kTileBytes + 512);
       for (int p = 0; p < 2; ++p) {
-        cuda::tma_load_2d(s.tiles.tile[stage.index] + p * kPanelBytes, &maps.k, full, p * 64, key);
-        cuda::tma_load_2d(s.tiles.d[stage.index] + p * 256, &maps.d, full, key + p * 64, pair.first_query);
+        cuda::tma_load_2d(s.tile[stage.index] + p * kPanelBytes, &maps.k, full, p * 64, key);
+        cuda::tma_load_2d(s.d[stage.index] + p * 256, &maps.d, full, key + p * 64, pair.first_query);
       }
     }
   }
@@ -74,9 +126,9 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
       own_parity ^= 1;
     }
     for (int i = 0; i < pair.tiles; i += 2)
-      two_tiles(sums, own, s.tiles, s.full, s.free, stage, [&](const float(&score)[64], int index, int which, uint32_t(&selected)[8][4]) {
+      two_tiles(sums, own, s, stage, [&](const float(&score)[64], int index, int which, uint32_t(&selected)[8][4]) {
         const int key = pair.begin + (i + which) * kTile;
-        const uint32_t row = cuda::shared_address(s.tiles.d[index]) + group * 128;
+        const uint32_t row = cuda::shared_address(s.d[index]) + group * 128;
         uint32_t d[16];
 #pragma unroll
         for (int b = 0; b < 16; ++b) d[b] = load32((swizzled_row(row + b / 8 * 256) ^ (b % 8) << 4) + 4 * (lane % 4));
@@ -87,9 +139,18 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
             d[b] &= (at >= range.begin && at < range.end ? 0xFFFFu : 0u) | (at + 1 >= range.begin && at + 1 < range.end ? 0xFFFF0000u : 0u);
           }
         }
+        uint32_t bits[2] = {0, 0};
 #pragma unroll
-        for (int j = 0; j < 32; ++j)  // block j/2 of eight keys, row half j%2
-          selected[j / 4][j % 4] = d[j / 2] & signs(score[2 * j], score[2 * j + 1]);
+        for (int j = 0; j < 32; ++j) {  // block j/2 of eight keys, row half j%2
+          const uint32_t low = __float_as_uint(score[2 * j]), high = __float_as_uint(score[2 * j + 1]);
+          selected[j / 4][j % 4] = d[j / 2] & signs(low, high);
+          bits[j % 2] = __funnelshift_l(high, __funnelshift_l(low, bits[j % 2], 1), 1);
+        }
+        if (key < a.keys) {
+          uint32_t* to = a.bits_of(pair.first_query / 2, key / kTile) + group * kQueryWords + lane % 4 * 8 + lane / 4;
+#pragma unroll
+          for (int h = 0; h < 2; ++h) to[(head / 8 + h) * 32] = bits[h];
+        }
       });
     // dw of this lane's two heads; q as it lies in shared memory.
     float dw[2] = {0, 0};
