@@ -12,7 +12,7 @@ import unittest
 
 from command_line import *
 
-DEADLINE = 3
+DEADLINE = {"CPU": 3, "GPU": 8}  # GPUs take their time at the first step
 GRACE = 12  # rank 1 speaks ten seconds after the fact, so that rank 0 may speak for all
 
 
@@ -25,17 +25,20 @@ def gpus():
 
 def ranks_below(pid):
     """Process ids of dsatrain below `pid`, rank 0 first."""
-    found = {}
-    def walk(parent):
-        with open(f"/proc/{parent}/task/{parent}/children") as f:
-            for child in f.read().split():
-                with open(f"/proc/{child}/comm") as g:
-                    if g.read().strip() == "dsatrain":
-                        with open(f"/proc/{child}/environ", "rb") as g:
-                            rank = [v for v in g.read().split(b"\0") if v.startswith(b"OMPI_COMM_WORLD_RANK=")]
-                        found[int(rank[0].split(b"=")[1])] = int(child)
-                walk(child)
-    walk(pid)
+    found, family = {}, {pid}
+    for child in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):  # children come after parents
+        try:
+            with open(f"/proc/{child}/stat") as f:
+                name, fields = f.read().rsplit(")", 1)
+            if int(fields.split()[1]) not in family:
+                continue
+            family.add(child)
+            if name.split("(", 1)[1] == "dsatrain":
+                with open(f"/proc/{child}/environ", "rb") as f:
+                    rank = [v for v in f.read().split(b"\0") if v.startswith(b"OMPI_COMM_WORLD_RANK=")]
+                found[int(rank[0].split(b"=")[1])] = child
+        except FileNotFoundError:
+            pass  # it ended meanwhile
     return [found[r] for r in sorted(found)]
 
 
@@ -48,7 +51,7 @@ class Failure(unittest.TestCase):
     def lose(self, rank, how, device, wrap=None):
         """Loses `rank` after a few steps; returns mpirun's exit status, the output and the seconds until the end."""
         command = self.scratch.command(2, "train", "pretrain.textproto", *sets(
-            "schedule.steps=100000", "checkpoint.every=100000", "run.eval_every=0", f"parallel.deadline={DEADLINE}",
+            "schedule.steps=100000", "checkpoint.every=100000", "run.eval_every=0", f"parallel.deadline={DEADLINE[device]}",
             f"compute.device={device}", f"run.folder=lost-{device}-{how.name}-{rank}"))
         if wrap:
             at = command.index(DSATRAIN)
@@ -81,13 +84,13 @@ class Failure(unittest.TestCase):
             self.assertEqual(code, 71, out)
             self.assertIn("stands still", out)
             self.assertIn("parallel.deadline", out)
-            self.assertLess(seconds, DEADLINE + GRACE, out)
+            self.assertLess(seconds, DEADLINE[device] + GRACE, out)
             print(f"{device}: rank {rank} stopped, exit 71 after {seconds:.1f} s", flush=True)
         # The shell keeps mpirun from noticing the death, and passes the exit status of the others on.
         code, out, seconds = self.lose(1, signal.SIGKILL, device, '"$@"; code=$?; [ $code != 137 ] || sleep 60; exit $code')
         self.assertEqual(code, 71, out)
         self.assertIn("stands still", out)
-        self.assertLess(seconds, DEADLINE + GRACE, out)
+        self.assertLess(seconds, DEADLINE[device] + GRACE, out)
         print(f"{device}: rank 1 killed, exit 71 after {seconds:.1f} s", flush=True)
 
     def test_cpu_ranks(self):
