@@ -16,6 +16,6 @@ inline constexpr int kExitCommunication = 71;
 
 /// How long a collective may wait for the other ranks. Longer than any rank computes, loads or saves by itself
 /// between two collectives.
-inline constexpr std::chrono::milliseconds kDefaultDeadline = std::chrono::minutes(10);
+inline constexpr std::chrono::milliseconds kDefaultDeadline = std::chrono::minutes(30);
 
 }  // namespace dsa

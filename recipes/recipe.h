@@ -90,7 +90,7 @@ struct Recipe {
     int64_t tensor = 1;
     int64_t context = 1;
     int64_t expert = 1;
-    int64_t deadline = 600;  // seconds to wait for another rank
+    int64_t deadline = 1800;  // seconds to wait for another rank
   } parallel;
 
   struct Compute {
