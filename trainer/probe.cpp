@@ -211,6 +211,11 @@ void probe(const ProbeOptions& o, Mesh& mesh) {
   ModelReport report = model.report();
   Recorder recorder;
   const at::Tensor loss = model.forward({batch, plan, report, &recorder});
+  if (o.gradients) {
+    loss.backward();  // before anything is looked at: the indexers' losses may come with it
+    gradients.accumulate();
+    gradients.reduce();
+  }
 
   Results results(batch, tokens, mesh);
   const auto number = o.model_options.dtype == at::kDouble ? at::kDouble : at::kFloat;
@@ -238,9 +243,6 @@ void probe(const ProbeOptions& o, Mesh& mesh) {
     results.put("mtp.loss_mean", (mtp / static_cast<double>(targets[1])).to(number));
   }
   if (o.gradients) {
-    loss.backward();
-    gradients.accumulate();
-    gradients.reduce();
     const std::string set = o.attention == AttentionMode::DENSE ? "warmup." : "sparse.";
     for (const auto& [parameter, gradient] : gradients.gradients())
       for (const auto& [name, whole] : gather_whole(*parameter, gradient, mesh)) {

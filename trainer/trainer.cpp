@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "data/hf_names.h"
+#include "kernels/native.h"
 #include "parallel/device.h"
 #include "recipes/validate.h"
 #include "trainer/checkpoint/run_lock.h"
@@ -59,6 +60,16 @@ std::string describe_device(at::Device device) {
   sched_getaffinity(0, sizeof visible, &visible);
   return fmt::format("{}, {} threads on {} visible cores", device.is_cpu() ? "CPU" : describe_gpu(device), at::get_num_threads(),
                      CPU_COUNT(&visible));
+}
+
+// What computed each operation of the steps so far.
+std::string implementations() {
+  std::string text = "  ops     ";
+  const char* separator = "";
+  for (const auto& [op, implementation] : implementations_that_ran()) {
+    text += std::exchange(separator, ", ") + op + ": " + implementation;
+  }
+  return text;
 }
 
 }  // namespace
@@ -231,6 +242,7 @@ void Trainer::run() {
   std::optional<double> before;
   if (recipe_.run.eval_every > 0 && done_ == 0) before = evaluate();
   if (before && console_) console_->line(fmt::format("  start   held-out {:.4f}", *before));
+  const int64_t first = done_ + 1;
   while (done_ < recipe_.schedule.steps) {
     const int64_t number = done_ + 1;
     StepReport report = within_memory(fmt::format("step {}", number), [&] { return step(number); });
@@ -241,6 +253,7 @@ void Trainer::run() {
     if (last || stop || number % recipe_.checkpoint.every == 0) save(number);
     report.checkpoint = checkpoint_note_;
     if (metrics_) metrics_->write(report);  // first: a step that was seen is in the file
+    if (console_ && number == first) console_->line(implementations());
     if (console_) console_->step(report);
     if (skipped_in_a_row_ >= kMaxSkippedInARow)
       throw RunFailure(kExitNonFinite, "gradients were not finite in " + std::to_string(skipped_in_a_row_) +
