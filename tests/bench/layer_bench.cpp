@@ -1,13 +1,13 @@
-// [mpirun -np N] dsa_layer_bench [--json FILE] [--lengths 4096,8192,...] [--modes dense,warmup,sparse] [--repeats N]
+// [mpirun -np N] dsa_layer_bench [--json FILE] [--lengths 4096,8192,...] [--modes dense,warmup,sparse] [--repeats N] [--kernels N]
 //
-// One decoder layer of the 671B model (hidden 7168, 128 heads, dense FFN 18432), batch 1, bf16, on one GPU, or its rows dealt to N GPUs (context parallel): forward and
-// backward of the product's own layer code. Prints milliseconds (median, wall clock, device synchronised), tokens/s, peak
+// One decoder layer of the 671B model (hidden 7168, 128 heads, dense FFN 18432), batch 1, bf16, on one GPU, or its rows
+// dealt to N GPUs (context parallel): forward and backward of the product's own layer code. Prints milliseconds (median, wall clock, device synchronised), tokens/s, peak
 // memory and model TFLOP/s. FLOPs counted, T tokens, P matrix parameters, H heads, causal pairs = T (T + 1) / 2,
 // selected pairs = sum_t min(t + 1, 2048):
 //   dense   6 P T + 2 pairs H ((192 + 128) + (3*192 + 2*128))
 //   warmup  2 P T + 2 pairs H (192 + 128) + 2 pairs H 192 (the target) + 3 * 2 pairs 64*128 (scores, gradients)
 //   sparse  6 P T + 2 selected H ((576 + 512) + (3*576 + 2*512)) + 2 pairs 64*128 + 3 * 2 selected 64*128
-// Recomputation is not counted as work.
+// Recomputation is not counted as work. --kernels N: also the N kernels that take most of a step.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/randn.h>
@@ -27,6 +27,7 @@
 
 #include "kernels/native.h"
 #include "parallel/device.h"
+#include "tests/bench/kernel_times.h"
 #include "tools/launch.h"
 #include "trainer/model/decoder_layer.h"
 
@@ -52,6 +53,7 @@ struct Result {
   std::string mode;
   int64_t tokens;
   double milliseconds, peak_gib, teraflops;
+  std::vector<bench::KernelTime> kernels;
 };
 
 double floating_point_operations(const std::string& mode, const ModelConfig& c, double T, double parameters) {
@@ -81,7 +83,7 @@ class LayerBench {
     plan_.query_block = 512;
   }
 
-  Result measure(int64_t tokens, int repeats) {
+  Result measure(int64_t tokens, int repeats, size_t kernels) {
     std::mt19937_64 random(tokens);
     Sample sample{std::vector<int32_t>(tokens + 1), std::vector<int32_t>(tokens, 0)};
     for (int32_t& t : sample.tokens) t = static_cast<int32_t>(random() % kVocabulary);
@@ -100,11 +102,14 @@ class LayerBench {
       mesh_.along(Axis::WORLD).barrier();  // the slowest rank counts
       if (i > 0) milliseconds.push_back((now() - begin) * 1e3);
     }
+    std::vector<bench::KernelTime> times;
+    if (kernels > 0) times = bench::kernel_times([&] { step(x, dy, batch); });
     std::sort(milliseconds.begin(), milliseconds.end());
     const double median = milliseconds[milliseconds.size() / 2];
     const auto stats = at::getDeviceAllocator(mesh_.device().type())->getDeviceStats(mesh_.device().index());
     return {mode_, tokens, median, static_cast<double>(stats.allocated_bytes[0].peak) / (1 << 30),
-            floating_point_operations(mode_, config_, static_cast<double>(tokens), parameters_) / median * 1e-9};
+            floating_point_operations(mode_, config_, static_cast<double>(tokens), parameters_) / median * 1e-9,
+            std::move(times)};
   }
 
  private:
@@ -144,11 +149,13 @@ std::vector<std::string> split(const std::string& text) {
 int run(int argc, char** argv) {
   std::string json, lengths = "4096,8192,16384,32768,65536,131072", modes = "dense,warmup,sparse";
   int repeats = 3;
+  size_t kernels = 0;
   for (int i = 1; i + 1 < argc; i += 2) {
     if (!std::strcmp(argv[i], "--json")) json = argv[i + 1];
     else if (!std::strcmp(argv[i], "--lengths")) lengths = argv[i + 1];
     else if (!std::strcmp(argv[i], "--modes")) modes = argv[i + 1];
     else if (!std::strcmp(argv[i], "--repeats")) repeats = std::atoi(argv[i + 1]);
+    else if (!std::strcmp(argv[i], "--kernels")) kernels = std::stoul(argv[i + 1]);
   }
   if (visible_gpus() == 0) {
     std::puts("no CUDA device");
@@ -166,10 +173,16 @@ int run(int argc, char** argv) {
     LayerBench bench(ranks > 1 ? Mesh({.context = ranks}, /*check_calls=*/false, device) : Mesh::single(device), mode);
     for (const std::string& length : split(lengths)) {
       try {
-        const Result r = bench.measure(std::stoll(length), repeats);
+        const Result r = bench.measure(std::stoll(length), repeats, kernels);
         std::printf("%-7s %8ld %10.1f %10.0f %9.1f %9.0f\n", r.mode.c_str(), r.tokens, r.milliseconds,
                     static_cast<double>(r.tokens) / r.milliseconds * 1e3, r.peak_gib, r.teraflops);
-        results.push_back({{"mode", r.mode}, {"tokens", r.tokens}, {"ms", r.milliseconds}, {"peak_gib", r.peak_gib},
+        nlohmann::json longest = nlohmann::json::array();
+        for (size_t k = 0; k < std::min(kernels, r.kernels.size()); ++k) {
+          const bench::KernelTime& t = r.kernels[k];
+          std::printf("    %5.1f %%  %9.2f ms  %6ld x  %s\n", 100 * t.milliseconds / r.milliseconds, t.milliseconds, t.launches, t.name.c_str());
+          longest.push_back({{"kernel", t.name}, {"ms", t.milliseconds}, {"launches", t.launches}});
+        }
+        results.push_back({{"kernels", longest}, {"mode", r.mode}, {"tokens", r.tokens}, {"ms", r.milliseconds}, {"peak_gib", r.peak_gib},
                            {"tflops", r.teraflops}});
       } catch (const std::exception& e) {
         std::printf("%-7s %8s failed: %.600s\n", mode.c_str(), length.c_str(), e.what());
