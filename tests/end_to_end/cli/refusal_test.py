@@ -3,6 +3,7 @@ also under mpirun -np 2, and not a byte anywhere that was not there before."""
 import struct
 import sys
 import unittest
+import unittest.mock
 
 from command_line import *
 
@@ -96,6 +97,13 @@ class Refusals(unittest.TestCase):
             json.dump({**CONFIG, "num_attention_heads": 3, "num_key_value_heads": 3}, f)
         self.train("pretrain", 2, ["parallel.tensor=2", "num_attention_heads=3", "legal: 1"], "parallel.tensor=2",
                    "model.config=three_heads.json", "run.folder=new")
+
+    def test_gpu_that_is_not_there(self):
+        with unittest.mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):  # also where there is one
+            for ranks in (0, 2):
+                said = self.train("warmup", 2, ["cannot use a GPU", "compute.device: CPU"], "compute.device=GPU",
+                                  "batch.sequences=8", "run.folder=new", ranks=ranks)
+                self.assertRegex(said, r"^error: [^(]+ \(.+\) .+")
 
     def test_batch_that_does_not_split(self):
         self.train("warmup", 2, ["batch.sequences", "2 data ranks"], "batch.sequences=6")
