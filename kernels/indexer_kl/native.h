@@ -20,7 +20,8 @@ struct IndexerInputs {
   at::Tensor q_TJI, k_SI, w_TJ;
 };
 
-/// Target: mean over the H heads of q_THD (all of the model) of exp(scale q.k - lse), over start <= s < end.
+/// Target: mean over the H heads of q_THD (all of the model) of exp(scale q.k - lse), over start <= s < end. The last 64
+/// columns of k_SHD, the rotated key, are the same for all heads (only head 0's are read).
 bool indexer_kl_dense_supports(const at::Tensor& q_THD, const IndexerInputs& indexer, const char** why_not);
 IndexerLoss indexer_kl_dense(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& lse_TH, double scale,
                              const IndexerInputs& indexer, const at::Tensor& start_T, const at::Tensor& end_T, int64_t top_k,
