@@ -48,8 +48,8 @@ struct IndexerBackwardParams {
 /// Whether the Hopper kernels take this input on the current device; otherwise *why_not says what is missing.
 bool sm90_supports(const IndexerBackwardParams& p, const char** why_not);
 
-/// Bytes that a launch needs beside its inputs and outputs on the current device: a bit for every head, key and query of the
-/// rows that are worked on at a time (up to half a GiB, 264 rows at least: 8 bytes a row and key), and 35 MB.
+/// Bytes that a launch needs beside its inputs and outputs on the current device: 8 for every key (rounded up to 256) and row
+/// of those worked on at a time, up to half a GiB but no less than for four rows a multiprocessor, and 34.6 MB on 132 of them.
 size_t indexer_backward_workspace_bytes(const IndexerBackwardParams& p);
 
 /// Enqueues the kernels. Throws std::runtime_error when sm90_supports refuses or CUDA reports an error.
