@@ -25,7 +25,10 @@ constexpr int64_t kSmallReduceBytes = int64_t{1} << 20;
 constexpr int64_t kRangeElements = 256;
 constexpr std::chrono::milliseconds kWatchPeriod(200);
 
-const c10::impl::DeviceGuardImplInterface& gpu() { return *c10::impl::getDeviceGuardImpl(at::kCUDA); }
+/// Streams and events without a word of CUDA: LibTorch's own, of whatever device this is.
+const c10::impl::DeviceGuardImplInterface& streams_of(at::Device device) {
+  return *c10::impl::getDeviceGuardImpl(device.type());
+}
 
 cudaStream_t handle(const c10::Stream& stream) { return static_cast<cudaStream_t>(stream.native_handle()); }
 
@@ -37,7 +40,7 @@ NcclCommunicator::NcclCommunicator(std::unique_ptr<MpiCommunicator> host, at::De
       host_(std::move(host)),
       device_(device),
       deadline_(deadline),
-      stream_(gpu().getStreamFromGlobalPool(device, /*isHighPriority=*/true)) {}
+      stream_(streams_of(device).getStreamFromGlobalPool(device, /*isHighPriority=*/true)) {}
 
 NcclCommunicator::~NcclCommunicator() {
   if (watcher_.joinable()) {
@@ -106,8 +109,8 @@ void NcclCommunicator::enqueue(const std::string& call, const std::function<void
                                const std::function<void()>& meanwhile) {
   const std::lock_guard lock(mutex_);
   open();
-  const c10::Stream current = gpu().getStream(device_);
-  c10::Event ready(at::kCUDA), done(at::kCUDA);
+  const c10::Stream current = streams_of(device_).getStream(device_);
+  c10::Event ready(device_.type()), done(device_.type());
   ready.record(current);
   ready.block(stream_);
   must(nccl_api().group_start(), call);
@@ -120,7 +123,7 @@ void NcclCommunicator::enqueue(const std::string& call, const std::function<void
 }
 
 void NcclCommunicator::watch() {
-  gpu().setDevice(device_);  // a new thread starts on GPU 0
+  streams_of(device_).setDevice(device_);  // a new thread starts on GPU 0
   std::unique_lock lock(mutex_);
   Clock::time_point moved = Clock::now();
   while (!wake_.wait_for(lock, kWatchPeriod, [this] { return stopping_; })) {
@@ -162,7 +165,7 @@ void NcclCommunicator::exchange(const std::string& call, const std::vector<at::T
 }
 
 at::Tensor NcclCommunicator::do_all_gather_v(const at::Tensor& x, const std::vector<int64_t>& counts) {
-  if (x.is_cpu()) return host_->all_gather_v(x, counts);
+  if (x.device() != device_) return host_->all_gather_v(x, counts);
   std::string call = describe_call("all_gather", x, /*rows_may_differ=*/true);
   for (int64_t count : counts) call += " " + std::to_string(count);
   host_->agree_on(call);
@@ -179,7 +182,7 @@ at::Tensor NcclCommunicator::do_all_gather_v(const at::Tensor& x, const std::vec
 }
 
 at::Tensor NcclCommunicator::do_reduce_scatter(const at::Tensor& x) {
-  if (x.is_cpu()) return host_->reduce_scatter(x);
+  if (x.device() != device_) return host_->reduce_scatter(x);
   const std::string call = describe_call("reduce_scatter", x);
   host_->agree_on(call);
   const int64_t rows = x.size(0) / size();
@@ -193,7 +196,7 @@ at::Tensor NcclCommunicator::do_reduce_scatter(const at::Tensor& x) {
 }
 
 at::Tensor NcclCommunicator::do_all_reduce(const at::Tensor& x, Reduction reduction) {
-  if (x.is_cpu()) return host_->all_reduce(x, reduction);
+  if (x.device() != device_) return host_->all_reduce(x, reduction);
   const std::string call = describe_call(reduction, x);
   host_->agree_on(call);
   const int64_t n = x.numel();
@@ -223,7 +226,7 @@ at::Tensor NcclCommunicator::do_all_reduce(const at::Tensor& x, Reduction reduct
 
 at::Tensor NcclCommunicator::do_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
                                            const std::vector<int64_t>& recv_counts) {
-  if (x.is_cpu()) return host_->all_to_all(x, send_counts, recv_counts);
+  if (x.device() != device_) return host_->all_to_all(x, send_counts, recv_counts);
   const std::string call = describe_call("all_to_all", x, /*rows_may_differ=*/true);
   host_->agree_on(call, send_counts, recv_counts);
   at::Tensor y = rows_like(x, std::accumulate(recv_counts.begin(), recv_counts.end(), int64_t{0}));
@@ -232,7 +235,7 @@ at::Tensor NcclCommunicator::do_all_to_all(const at::Tensor& x, const std::vecto
 }
 
 void NcclCommunicator::do_broadcast(at::Tensor& x, int root) {
-  if (x.is_cpu()) return host_->broadcast(x, root);
+  if (x.device() != device_) return host_->broadcast(x, root);
   const std::string call = describe_call("broadcast", x) + " from " + std::to_string(root);
   host_->agree_on(call);
   if (x.nbytes() == 0) return;
