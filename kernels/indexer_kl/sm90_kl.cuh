@@ -78,8 +78,11 @@ struct Row {
 /// A cluster's work: rows from kClusterRows * x on, keys from kTileKeys * y on.
 using Tile = int2;
 
+constexpr int kSteps = 8;  // counters of the clusters' common pace, see sm90_target.cu
+
 struct Workspace {
   int* tile_count;
+  int* pace;           // [kSteps], zero before the tiles are worked on
   Tile* tiles;
   RowScores* scores;   // [T]
   Sums* partial_sums;  // [T][key_tiles]
@@ -93,6 +96,7 @@ struct Workspace {
       return p;
     };
     tile_count = static_cast<int*>(take(sizeof(int)));
+    pace = static_cast<int*>(take(kSteps * sizeof(int)));
     tiles = static_cast<Tile*>(take((queries + kClusterRows - 1) / kClusterRows * key_tiles * sizeof(Tile)));
     scores = static_cast<RowScores*>(take(queries * sizeof(RowScores)));
     partial_sums = static_cast<Sums*>(take(queries * key_tiles * sizeof(Sums)));
@@ -101,7 +105,7 @@ struct Workspace {
 };
 
 /// Enqueue: scores of every row; the sums of the tiles of every row into its outputs; the list of tiles in which some row
-/// has keys, in an order that keeps neighbours in the L2 cache.
+/// has keys, in an order that keeps neighbours in the L2 cache, and the pace at zero.
 void launch_row_scores(const AttentionMassParams& p, const DenseKlRows& rows, const Workspace& w);
 void launch_row_sums(const AttentionMassParams& p, const DenseKlRows& rows, const Workspace& w);
 void launch_tile_list(const AttentionMassParams& p, const Workspace& w);

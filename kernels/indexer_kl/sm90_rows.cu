@@ -156,11 +156,12 @@ __global__ void __launch_bounds__(kRowThreads)
 // One block. Tiles of kListRows blocks of rows at a time, key by key: clusters that run together share queries and keys.
 constexpr int kListThreads = 1024, kListRows = 8;
 
-__global__ void __launch_bounds__(kListThreads) list_tiles(const AttentionMassParams p, int* count, Tile* tiles) {
+__global__ void __launch_bounds__(kListThreads) list_tiles(const AttentionMassParams p, int* count, Tile* tiles, int* pace) {
   __shared__ Range ranges[kListRows];
   __shared__ int sums[kListThreads / 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, keys = static_cast<int>(p.keys);
   const int64_t blocks = (p.queries + kClusterRows - 1) / kClusterRows;
+  if (threadIdx.x < kSteps) pace[threadIdx.x] = 0;
   int done = 0;
   for (int64_t first = 0; first < blocks; first += kListRows) {
     __syncthreads();
@@ -216,7 +217,7 @@ void launch_row_sums(const AttentionMassParams& p, const DenseKlRows& rows, cons
 }
 
 void launch_tile_list(const AttentionMassParams& p, const Workspace& w) {
-  list_tiles<<<1, kListThreads, 0, p.stream>>>(p, w.tile_count, w.tiles);
+  list_tiles<<<1, kListThreads, 0, p.stream>>>(p, w.tile_count, w.tiles, w.pace);
   cuda::check(cudaGetLastError(), "launch the list of tiles");
 }
 

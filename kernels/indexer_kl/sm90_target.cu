@@ -41,6 +41,7 @@ struct Arguments {
   const int32_t *start, *end;
   const int* tile_count;
   const Tile* tiles;
+  int* pace;
   // the loss
   float inverse_heads, loss_scale;
   const float* logits;
@@ -74,6 +75,33 @@ struct Stage {
 __device__ __forceinline__ int cluster_index() { return blockIdx.x / kRowShare; }
 __device__ __forceinline__ int clusters() { return gridDim.x / kRowShare; }
 
+// Clusters that run together read the same queries and keys: as long as they stay together, all but the first find them in
+// the L2 cache. Every kPaceHeads heads a cluster waits until all have begun the step before. Nobody relies on it: a
+// cluster that has waited for kPatience cycles (others may not be running yet) goes its own way from there on.
+constexpr int kPaceHeads = 4;
+constexpr int64_t kPatience = 200000;
+
+struct Pace {
+  int* counters;
+  int step = 0;
+  bool kept = true;
+
+  __device__ __forceinline__ void begin_step() {
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counters + step % kSteps) : "memory");
+    if (step > 0 && kept) {
+      const int* before = counters + (step - 1) % kSteps;
+      const int wanted = ((step - 1) / kSteps + 1) * clusters();
+      const int64_t from = clock64();
+      for (int seen = 0; kept;) {
+        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(before) : "memory");
+        if (seen >= wanted) break;
+        kept = clock64() - from < kPatience;
+      }
+    }
+    ++step;
+  }
+};
+
 // One thread fills the rings.
 template <bool kLoss>
 __device__ void copy_tiles(const CUtensorMap* map_q, const CUtensorMap* map_k, const CUtensorMap* map_rope, const Arguments& a, Shared& s) {
@@ -81,6 +109,8 @@ __device__ void copy_tiles(const CUtensorMap* map_q, const CUtensorMap* map_k, c
   constexpr int kKeyShare = kTileKeys / 2 / kRowShare;  // keys of a half that this block copies
   Stage q, k;
   uint32_t rope_phase = 1;
+  Pace pace{a.pace};
+  const int together = count / clusters() * clusters();  // tiles of rounds in which every cluster has one
   for (int i = cluster_index(); i < count; i += clusters()) {
     const Tile tile = a.tiles[i];
     const int row = tile.x * kClusterRows + rank * kTileRows, key = tile.y * kTileKeys;
@@ -91,6 +121,7 @@ __device__ void copy_tiles(const CUtensorMap* map_q, const CUtensorMap* map_k, c
       cuda::tma_load_2d(s.rope + half * kKeyPanel + rank * kKeyShare * kPanelRowBytes, map_rope, &s.rope_full, 0,
                         key + half * (kTileKeys / 2) + rank * kKeyShare, kAllBlocks);
     for (int h = 0; h < a.heads; ++h) {
+      if (rank == 0 && h % kPaceHeads == 0 && i < together) pace.begin_step();
       cuda::mbarrier_wait(&s.q_empty[q.index], q.phase ^ 1);
       cuda::mbarrier_arrive_expect(&s.q_full[q.index], kQueryBytes);
       for (int panel = 0; panel < 3; ++panel)
@@ -118,8 +149,12 @@ __device__ void copy_tiles(const CUtensorMap* map_q, const CUtensorMap* map_k, c
 __device__ __forceinline__ void turn_wait(int group) { asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory"); }
 __device__ __forceinline__ void turn_pass(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(1 + (group ^ 1)) : "memory"); }
 
-// s = Q_h [K_h ; K_rope]^T for 64 rows and 128 keys.
-__device__ __forceinline__ void multiply(float (&s)[64], uint32_t q, uint32_t k, uint32_t rope) {
+// s = Q_h [K_h ; K_rope]^T for 64 rows and 128 keys, while it is this group's turn. The other's begins when all but the
+// last kQueued instructions are done, so that the tensor core does not run dry.
+constexpr int kQueued = 2;
+
+__device__ __forceinline__ void multiply(float (&s)[64], uint32_t q, uint32_t k, uint32_t rope, int group) {
+  turn_wait(group);
   cuda::wgmma_fence();
 #pragma unroll
   for (int i = 0; i < 12; ++i) {
@@ -127,8 +162,11 @@ __device__ __forceinline__ void multiply(float (&s)[64], uint32_t q, uint32_t k,
     const uint32_t b = i < 8 ? k + i / 4 * (kKeyPanel / 16) + i % 4 * 2 : rope + i % 4 * 2;
     if (i == 0) cuda::wgmma_bf16_first(s, a, b);
     else cuda::wgmma_bf16(s, a, b);
+    if (i == 11 - kQueued) cuda::wgmma_commit();
   }
   cuda::wgmma_commit();
+  cuda::wgmma_wait<1>();
+  turn_pass(group);
 }
 
 // The tile of 64 rows x 256 keys is complete: accumulator [half][4b + 2r + e] is row 8r + lane/4, key
@@ -218,9 +256,7 @@ __device__ void sum_heads(const Arguments& a, Shared& s) {
       for (int half = 0; half < 2; ++half) {
         float scores[64];
         cuda::mbarrier_wait(k_full + k.index * 8, k.phase);
-        turn_wait(group);
-        multiply(scores, q_operand + q.index * (kQueryBytes / 16), k_operand + k.index * (kKeyBytes / 16), rope + half * (kKeyPanel / 16));
-        turn_pass(group);
+        multiply(scores, q_operand + q.index * (kQueryBytes / 16), k_operand + k.index * (kKeyBytes / 16), rope + half * (kKeyPanel / 16), group);
         if (half == 1) {
           const int64_t other = min(h + 1, a.heads - 1) * a.lse_head_stride;
           next[0] = __ldg(lse[0] + other), next[1] = __ldg(lse[1] + other);
@@ -306,7 +342,7 @@ Arguments arguments(const AttentionMassParams& p, const Workspace& w) {
   a.scale_log2 = p.scale * kLog2e;
   a.lse = p.lse, a.lse_stride = p.lse_stride, a.lse_head_stride = p.lse_head_stride;
   a.start = p.start, a.end = p.end;
-  a.tile_count = w.tile_count, a.tiles = w.tiles, a.key_tiles = w.key_tiles;
+  a.tile_count = w.tile_count, a.tiles = w.tiles, a.pace = w.pace, a.key_tiles = w.key_tiles;
   return a;
 }
 

@@ -17,7 +17,7 @@ namespace {
 using test::DeviceArray;
 
 constexpr int kHeads = 128;
-constexpr int64_t kBlockRows = 3584;  // of 131,072 keys: less than 3 GB
+constexpr int64_t kBlockRows = 2816;  // of 131,072 keys: less than 3 GB
 
 struct Attention {
   std::vector<int32_t> ends;

@@ -247,7 +247,7 @@ TEST_F(IndexerKlDense, OracleAgainstFiniteDifferences) {
   for (const size_t i : {5u, 77u, 150u}) EXPECT_NEAR(difference(problem.w_h[i]), want.dw[i], 1e-6 * (1 + std::abs(want.dw[i])));
 }
 
-// At the greatest length, blocks of 3584 rows: the formula of the header, and 3 GB.
+// At the greatest length, blocks of 2816 rows: the formula of the header, and 3 GB.
 TEST_F(IndexerKlDense, WorkspaceIsWhatTheHeaderSays) {
   IndexerKlDenseParams p;
   p.attention.queries = p.attention.keys = 131072;
@@ -255,14 +255,14 @@ TEST_F(IndexerKlDense, WorkspaceIsWhatTheHeaderSays) {
   p.scores.heads = p.gradient.heads = 64, p.scores.dim = 128;
   p.top_k = 2048;
   p.gradient.dq = reinterpret_cast<void*>(256);
-  const double rows = 3584, keys = 131072;
+  const double rows = 2816, keys = 131072;
   IndexerBackwardParams block = p.gradient;
-  block.queries = 3584, block.keys = 131072;
-  const double bytes = static_cast<double>(indexer_kl_dense_workspace_bytes(p, 3584)) - static_cast<double>(indexer_backward_workspace_bytes(block));
+  block.queries = 2816, block.keys = 131072;
+  const double bytes = static_cast<double>(indexer_kl_dense_workspace_bytes(p, 2816)) - static_cast<double>(indexer_backward_workspace_bytes(block));
   const double formula = rows * (6 * keys + keys / 256 * 16 + 4 * p.top_k) + rows / 256 * keys / 256 * 8;
   EXPECT_GE(bytes, formula);
   EXPECT_LE(bytes, formula + 32 * rows + 4096);
-  EXPECT_LE(static_cast<double>(indexer_kl_dense_workspace_bytes(p, 3584)), 3e9);
+  EXPECT_LE(static_cast<double>(indexer_kl_dense_workspace_bytes(p, 2816)), 3e9);
 }
 
 }  // namespace

@@ -238,6 +238,8 @@ TEST_F(IndexerKl, Lengths) {
   check({16, 131072, 128, Ranges::CAUSAL, 2048}, 7);
 }
 
+TEST_F(IndexerKl, Small) { check({40, 300, 2, Ranges::CAUSAL, 16, true}, 3); }
+
 TEST_F(IndexerKl, Heads) {
   for (const int heads : {1, 2, 3, 64}) check({200, 900, heads, Ranges::CAUSAL, 128, true}, 20 + heads);
 }
