@@ -8,6 +8,14 @@
 // Letters: T query rows, S keys, H heads, K list entries, E = 576 = 512 latent + 64 rope. q, kv, o, do, dq are bf16, the
 // sums fp32. An entry i of a list counts when i < lengths[t], 0 <= idx < S and idx is greater than the entry before it:
 // a key twice in a list counts once, nothing out of range is read.
+//
+// The backward pass of one layer over several blocks of query rows (and any number of calls) sums into one dkv_sum:
+//   1. Clear dkv_sum [S,576]; choose a quantum, sparse_mla_quantum of the greatest magnitude of the step before, or 0 the first time.
+//   2. For every block: launch_sparse_mla_delta_sm90, launch_sparse_mla_backward_sm90, all with that quantum. dq and p_sel of
+//      the block are final. The blocks may come in any order and size.
+//   3. launch_sparse_mla_finish_sm90 once: dkv, and the greatest magnitude of the sums.
+//   4. If sparse_mla_quantum_holds(amax, quantum) the sums have the same bits in every run. Otherwise redo 1 to 3 with
+//      sparse_mla_quantum(amax). (kernels/quantum.h makes the choice a function of the inputs alone.)
 #pragma once
 
 #include <cstddef>

@@ -231,22 +231,24 @@ TEST_F(SparseMla, BackwardMatchesPlainLoops) {
 }
 
 TEST_F(SparseMla, BackwardOfOddListsAndPoisonedNeighbours) {
-  Problem x(40, 800, 128, 256, 17);
-  std::mt19937 random(4);
-  for (int t = 0; t < 40; ++t) {
-    int32_t* row = &x.indices[t * 256];
-    x.lengths[t] = t == 0 ? 0 : t == 1 ? 1 : t == 2 ? 64 : t == 3 ? 65 : random() % 256;
-    for (int i = x.lengths[t]; i < 256; ++i) row[i] = t % 2 ? -1 : 2000000000;
-    if (t == 5) for (int i = 0; i < x.lengths[t]; ++i) row[i] = -1;
-    if (t == 6) row[x.lengths[t] - 1] = 800;
-    if (t == 7) row[0] = -5;
-    if (t == 8) row[10] = row[9];
-    for (int i = 0; i < x.lengths[t]; ++i) if (row[i] % 3 == 0) row[i] = -1;  // every third key is listed by nobody
+  for (int heads : {128, 16}) {  // 16: four queries share a CTA and the union of their lists
+    Problem x(40, 800, heads, 256, 17);
+    std::mt19937 random(4);
+    for (int t = 0; t < 40; ++t) {
+      int32_t* row = &x.indices[t * 256];
+      x.lengths[t] = t == 0 ? 0 : t == 1 ? 1 : t == 2 ? 64 : t == 3 ? 65 : random() % 256;
+      for (int i = x.lengths[t]; i < 256; ++i) row[i] = t % 2 ? -1 : 2000000000;
+      if (t == 5) for (int i = 0; i < x.lengths[t]; ++i) row[i] = -1;
+      if (t == 6) row[x.lengths[t] - 1] = 800;
+      if (t == 7) row[0] = -5;
+      if (t == 8) row[10] = row[9];
+      for (int i = 0; i < x.lengths[t]; ++i) if (row[i] % 3 == 0) row[i] = -1;  // every third key is listed by nobody
+    }
+    std::vector<uint16_t> kv = x.kv.host();
+    for (int64_t s = 0; s < x.keys; s += 3) for (int c = 0; c < 576; ++c) kv[s * 576 + c] = kPoison;
+    cuda::check(cudaMemcpy(x.kv.data(), kv.data(), kv.size() * 2, cudaMemcpyHostToDevice), "copy to the device");
+    check_backward(x, heads == 128 ? "backward, odd lists, poisoned neighbours" : "the same, 16 heads");
   }
-  std::vector<uint16_t> kv = x.kv.host();
-  for (int64_t s = 0; s < x.keys; s += 3) for (int c = 0; c < 576; ++c) kv[s * 576 + c] = kPoison;
-  cuda::check(cudaMemcpy(x.kv.data(), kv.data(), kv.size() * 2, cudaMemcpyHostToDevice), "copy to the device");
-  check_backward(x, "backward, odd lists, poisoned neighbours");
 }
 
 TEST_F(SparseMla, BackwardRepeatsBitForBit) {
