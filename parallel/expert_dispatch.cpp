@@ -34,15 +34,6 @@ at::ScalarType accumulation_type(const at::Tensor& x) {
 
 int64_t total(const std::vector<int64_t>& counts) { return std::accumulate(counts.begin(), counts.end(), int64_t{0}); }
 
-/// Rows that are widened to fp32 at a time: the wide copies stay small beside the rows themselves.
-constexpr int64_t kBlockRows = 8192;
-
-/// work(first, count) for blocks of [0, rows).
-template <typename Work>
-void in_blocks(int64_t rows, Work work) {
-  for (int64_t first = 0; first < rows; first += kBlockRows) work(first, std::min(kBlockRows, rows - first));
-}
-
 /// Sum over sources of weight * row into targets. The sources come in passes: inside a pass no target occurs twice, so
 /// the additions of a target have an order and the result is deterministic on every device.
 class SegmentSum {
@@ -53,26 +44,24 @@ class SegmentSum {
   SegmentSum(int64_t targets, at::Tensor to, const std::vector<int64_t>& sizes, at::Tensor from)
       : targets_(targets), to_(std::move(to)), from_(std::move(from)), sizes_(sizes) {}
 
-  /// source [sources, H], weight [sources] or undefined -> [targets, H] in source's accumulation type; in its own type,
-  /// perhaps itself, where every target is one row.
+  /// source [sources, H], weight [sources] or undefined -> [targets, H] in source's accumulation type.
   at::Tensor operator()(const at::Tensor& source, const at::Tensor& weight = {}) const {
-    const auto part = [&](const at::Tensor& x, int64_t first, int64_t count) {
-      return from_.defined() ? x.index_select(0, from_.narrow(0, first, count)) : x.narrow(0, first, count);
-    };
-    const int64_t sources = total(sizes_);
-    if (!weight.defined() && sources == targets_ && sizes_[0] == targets_) return part(source, 0, sources);
     const auto type = accumulation_type(source);
-    at::Tensor sum = at::zeros({targets_, source.size(1)}, source.options().dtype(type));
-    for (int64_t p = 0, begin = 0; p < static_cast<int64_t>(sizes_.size()); begin += sizes_[p++])
-      in_blocks(sizes_[p], [&](int64_t first, int64_t count) {
-        at::Tensor rows = part(source, begin + first, count);
-        if (weight.defined()) rows = rows.mul(part(weight, begin + first, count).to(type).unsqueeze(1));  // widens
-        if (p == 0 && sizes_[0] == targets_)  // every target, in order
-          sum.narrow(0, first, count).copy_(rows);
-        else
-          sum.index_add_(0, to_.narrow(0, begin + first, count), rows.to(type));
-      });
-    return sum;
+    at::Tensor sum;
+    for (int64_t p = 0, begin = 0; p < static_cast<int64_t>(sizes_.size()); begin += sizes_[p++]) {
+      const auto of_pass = [&](const at::Tensor& x) {
+        return from_.defined() ? x.index_select(0, from_.narrow(0, begin, sizes_[p])) : x.narrow(0, begin, sizes_[p]);
+      };
+      at::Tensor rows = of_pass(source).to(type);
+      if (weight.defined()) rows = rows.mul(of_pass(weight).to(type).unsqueeze(1));
+      if (p == 0 && sizes_[p] == targets_) {  // every target, in order
+        sum = rows.is_alias_of(source) ? rows.clone() : rows;
+        continue;
+      }
+      if (!sum.defined()) sum = at::zeros({targets_, source.size(1)}, source.options().dtype(type));
+      sum.index_add_(0, to_.narrow(0, begin, sizes_[p]), rows);
+    }
+    return sum.defined() ? sum : at::zeros({targets_, source.size(1)}, source.options().dtype(type));
   }
 
  private:
@@ -116,8 +105,6 @@ struct ExpertRouting : torch::CustomClassHolder {
   SegmentSum to_received;      // M -> R, a pass per position of an expert among the token's experts here
   std::vector<int64_t> rows_per_expert;
 
-  /// x_NH -> the rows to send. Alone, every token is sent once, in its place.
-  at::Tensor sent(const at::Tensor& x_NH) const { return group->size() == 1 ? x_NH : x_NH.index_select(0, token_of_sent); }
   at::Tensor there(const at::Tensor& x) const { return move(x, sent_tokens, received_tokens); }
   at::Tensor back(const at::Tensor& x) const { return move(x, received_tokens, sent_tokens); }
   at::Tensor pairs_there(const at::Tensor& x) const { return move(x, sent_pairs, received_pairs); }
@@ -142,7 +129,7 @@ RoutingPtr routing_of(AutogradContext* ctx) {
 struct Dispatch : torch::autograd::Function<Dispatch> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x_NH, const RoutingPtr& routing) {
     ctx->saved_data["routing"] = c10::IValue::make_capsule(routing);
-    const at::Tensor x_RH = routing->there(routing->sent(x_NH));
+    const at::Tensor x_RH = routing->there(x_NH.index_select(0, routing->token_of_sent));
     return {x_RH.index_select(0, routing->received_of_row), at::empty({0}, x_NH.options())};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -170,13 +157,10 @@ struct Combine : torch::autograd::Function<Combine> {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &y_MH = saved[0], &weights_M = saved[1], &link = saved[2];
     const auto type = accumulation_type(y_MH);
-    const at::Tensor grad_RH = routing->there(routing->sent(grads[0]));
-    const at::Tensor grad_y_MH = at::empty_like(y_MH), grad_weights_M = at::empty_like(weights_M);
-    in_blocks(y_MH.size(0), [&](int64_t first, int64_t count) {
-      const at::Tensor grad = grad_RH.index_select(0, routing->received_of_row.narrow(0, first, count)).to(type);
-      grad_y_MH.narrow(0, first, count).copy_(grad.mul(weights_M.narrow(0, first, count).to(type).unsqueeze(1)));
-      grad_weights_M.narrow(0, first, count).copy_(grad.mul(y_MH.narrow(0, first, count)).sum(1));
-    });
+    const at::Tensor grad_RH = routing->there(grads[0].index_select(0, routing->token_of_sent));
+    const at::Tensor grad_MH = grad_RH.index_select(0, routing->received_of_row).to(type);
+    const at::Tensor grad_y_MH = grad_MH.mul(weights_M.to(type).unsqueeze(1)).to(y_MH.scalar_type());
+    const at::Tensor grad_weights_M = grad_MH.mul(y_MH.to(type)).sum(1).to(weights_M.scalar_type());
     const at::Tensor grad_weights_P = routing->pairs_back(grad_weights_M.index_select(0, routing->row_of_pair));
     at::Tensor grad_weights_NK = at::empty({routing->tokens * routing->choices}, weights_M.options());
     grad_weights_NK.index_copy_(0, routing->choice_of_pair, grad_weights_P);  // every (n, k) is one pair
@@ -193,8 +177,8 @@ ExpertDispatch::ExpertDispatch(const at::Tensor& experts_NK, const at::Tensor& w
   if (num_experts < 1 || num_experts % ranks != 0)
     refuse(std::to_string(num_experts) + " experts over " + std::to_string(ranks) + " ranks",
            "the expert degree must divide the number of experts");
-  if (experts_NK.dim() != 2 || experts_NK.size(1) < 1 || experts_NK.scalar_type() != at::kLong)
-    refuse("experts are not int64 [N, K] with K of 1 or more", "give the router's selection");
+  if (experts_NK.dim() != 2 || experts_NK.scalar_type() != at::kLong)
+    refuse("experts are not int64 [N, K]", "give the router's selection");
   if (weights_NK.sizes() != experts_NK.sizes() || !weights_NK.is_floating_point())
     refuse("weights are not floating [N, K] like the experts", "give the router's weights");
   ExpertRouting& r = *routing_;

@@ -46,7 +46,7 @@ const std::vector<Case> kCases = {
     {"no token at all", {0, 0, 0, 0}, 4, 2, 4},
 };
 
-// More rows than the sums take at a time.
+// Thousands of rows on some ranks, a handful on another.
 const Case kLong = {"long", {9000, 5, 8500, 7000}, 8, 2, 8};
 
 constexpr int64_t H = 5;
