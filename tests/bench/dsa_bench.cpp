@@ -1,9 +1,11 @@
-// dsa_bench SUITE [--json FILE] [--only TEXT] [--quick]
+// dsa_bench SUITE [--json FILE] [--only TEXT] [--quick]      kernels
+// dsa_bench layer [options of layer_bench.cpp]               one decoder layer of the 671B model
 #include <cstdio>
 #include <cstring>
 #include <exception>
 
 #include "tests/bench/bench.h"
+#include "tests/bench/layer_bench.h"
 #include "tests/support/cuda_device.h"
 
 namespace {
@@ -21,6 +23,7 @@ const Suite kSuites[] = {{"indexer", dsa::bench::run_indexer_suite},
 }  // namespace
 
 int main(int argc, char** argv) try {
+  if (argc > 1 && !std::strcmp(argv[1], "layer")) return dsa::bench::run_layer(argc - 2, argv + 2);
   dsa::bench::Options options;
   std::string json, suite = argc > 1 ? argv[1] : "";
   for (int i = 2; i < argc; ++i) {
@@ -35,6 +38,7 @@ int main(int argc, char** argv) try {
   if (!chosen) {
     std::fprintf(stderr, "usage: dsa_bench SUITE [--json FILE] [--only TEXT] [--quick]   SUITE:");
     for (const Suite& s : kSuites) std::fprintf(stderr, " %s", s.name);
+    std::fprintf(stderr, "\n       dsa_bench layer [--json FILE] [--lengths T,...] [--modes dense,warmup,sparse] [--repeats N] [--kernels N]");
     std::fprintf(stderr, "\n");
     return 2;
   }

@@ -1,4 +1,4 @@
-// [mpirun -np N] dsa_layer_bench [--json FILE] [--lengths 4096,8192,...] [--modes dense,warmup,sparse] [--repeats N] [--kernels N]
+// [mpirun -np N] dsa_bench layer [--json FILE] [--lengths 4096,8192,...] [--modes dense,warmup,sparse] [--repeats N] [--kernels N]
 //
 // One decoder layer of the 671B model (hidden 7168, 128 heads, dense FFN 18432), batch 1, bf16, on one GPU, or its rows
 // dealt to N GPUs (context parallel): forward and backward of the product's own layer code. Prints milliseconds (median, wall clock, device synchronised), tokens/s, peak
@@ -28,10 +28,11 @@
 #include "kernels/native.h"
 #include "parallel/device.h"
 #include "tests/bench/kernel_times.h"
+#include "tests/bench/layer_bench.h"
 #include "tools/launch.h"
 #include "trainer/model/decoder_layer.h"
 
-namespace dsa {
+namespace dsa::bench {
 namespace {
 
 constexpr int64_t kVocabulary = 129280;
@@ -53,7 +54,7 @@ struct Result {
   std::string mode;
   int64_t tokens;
   double milliseconds, peak_gib, teraflops;
-  std::vector<bench::KernelTime> kernels;
+  std::vector<KernelTime> kernels;
 };
 
 double floating_point_operations(const std::string& mode, const ModelConfig& c, double T, double parameters) {
@@ -102,8 +103,8 @@ class LayerBench {
       mesh_.along(Axis::WORLD).barrier();  // the slowest rank counts
       if (i > 0) milliseconds.push_back((now() - begin) * 1e3);
     }
-    std::vector<bench::KernelTime> times;
-    if (kernels > 0) times = bench::kernel_times([&] { step(x, dy, batch); });
+    std::vector<KernelTime> times;
+    if (kernels > 0) times = kernel_times([&] { step(x, dy, batch); });
     std::sort(milliseconds.begin(), milliseconds.end());
     const double median = milliseconds[milliseconds.size() / 2];
     const auto stats = at::getDeviceAllocator(mesh_.device().type())->getDeviceStats(mesh_.device().index());
@@ -146,16 +147,19 @@ std::vector<std::string> split(const std::string& text) {
   return parts;
 }
 
-int run(int argc, char** argv) {
+}  // namespace
+
+int run_layer(int argc, char** argv) {
   std::string json, lengths = "4096,8192,16384,32768,65536,131072", modes = "dense,warmup,sparse";
   int repeats = 3;
   size_t kernels = 0;
-  for (int i = 1; i + 1 < argc; i += 2) {
+  for (int i = 0; i + 1 < argc; i += 2) {
     if (!std::strcmp(argv[i], "--json")) json = argv[i + 1];
     else if (!std::strcmp(argv[i], "--lengths")) lengths = argv[i + 1];
     else if (!std::strcmp(argv[i], "--modes")) modes = argv[i + 1];
     else if (!std::strcmp(argv[i], "--repeats")) repeats = std::atoi(argv[i + 1]);
     else if (!std::strcmp(argv[i], "--kernels")) kernels = std::stoul(argv[i + 1]);
+    else throw std::invalid_argument(std::string("unknown option ") + argv[i] + " (see the head of tests/bench/layer_bench.cpp)");
   }
   if (visible_gpus() == 0) {
     std::puts("no CUDA device");
@@ -178,7 +182,7 @@ int run(int argc, char** argv) {
                     static_cast<double>(r.tokens) / r.milliseconds * 1e3, r.peak_gib, r.teraflops);
         nlohmann::json longest = nlohmann::json::array();
         for (size_t k = 0; k < std::min(kernels, r.kernels.size()); ++k) {
-          const bench::KernelTime& t = r.kernels[k];
+          const KernelTime& t = r.kernels[k];
           std::printf("    %5.1f %%  %9.2f ms  %6ld x  %s\n", 100 * t.milliseconds / r.milliseconds, t.milliseconds, t.launches, t.name.c_str());
           longest.push_back({{"kernel", t.name}, {"ms", t.milliseconds}, {"launches", t.launches}});
         }
@@ -197,12 +201,4 @@ int run(int argc, char** argv) {
   return 0;
 }
 
-}  // namespace
-}  // namespace dsa
-
-int main(int argc, char** argv) try {
-  return dsa::run(argc, argv);
-} catch (const std::exception& e) {
-  std::fprintf(stderr, "dsa_layer_bench: %s\n", e.what());
-  return 1;
-}
+}  // namespace dsa::bench

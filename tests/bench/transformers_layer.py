@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Python's transformers on the layer that dsa_layer_bench measures: one DeepseekV32 decoder layer of the 671B model, batch 1,
+"""Python's transformers on the layer that `dsa_bench layer` measures: one DeepseekV32 decoder layer of the 671B model, batch 1,
 bf16, forward and backward on one GPU, sparse through its indexer (which has no loss there) by scaled dot-product attention.
 
     python3 tests/bench/transformers_layer.py [--lengths 4096,8192] [--json FILE]
