@@ -2,9 +2,9 @@
 #include "kernels/router/router.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/topk.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <limits>
@@ -59,8 +59,10 @@ BalanceSums balance_sums(const at::Tensor& logits_NE, const at::Tensor& sequence
   require(top_k >= 1 && top_k <= E, "balance_sums: top_k is {} of {} experts (it counts chosen experts) choose 1..{}", top_k, E, E);
   const at::Tensor s_NE = at::sigmoid(logits_NE);
   const at::Tensor chosen_NE = one_hot_rows(topk_select(s_NE.detach(), top_k).indices_TK, s_NE.detach());
-  const auto zero = [&] { return at::zeros({sequences, E}, logits_NE.options()); };
-  return {zero().index_add(0, sequence_N, chosen_NE), zero().index_add(0, sequence_N, s_NE / s_NE.sum(1, true))};
+  // A product with the rows' membership: its order of additions is fixed on every device, an index_add's is not.
+  const at::Tensor sequence_B = at::arange(sequences, sequence_N.options());
+  const at::Tensor member_BN = (sequence_B.unsqueeze(1) == sequence_N.unsqueeze(0)).to(s_NE.scalar_type());
+  return {member_BN.matmul(chosen_NE), member_BN.matmul(s_NE / s_NE.sum(1, true))};
 }
 
 at::Tensor balance_loss(const at::Tensor& count_BE, const at::Tensor& probability_BE, const at::Tensor& tokens_B,
