@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <optional>
 
 #include "kernels/indexer_kl/indexer_kl.h"
 #include "kernels/indexer_kl/native.h"
@@ -61,6 +60,29 @@ void report_rows(LayerReport& report, const at::Tensor& kl_N, const at::Tensor& 
 
 void record(const ForwardPass& pass, const std::string& name, int64_t layer, std::vector<at::Tensor> blocks) {
   if (pass.recorder) pass.recorder->rows_N[name + "." + std::to_string(layer) + ".rows"] = at::cat(blocks);
+}
+
+// Adds the share of the full attention's mass that the selected keys hold, on evenly spaced rows. Collective.
+void measure_recall(const IndexerLossTarget& target, const TopK& selection, const LatentQueries& latent_queries,
+                    const at::Tensor& kv_SE, const ForwardPass& pass) {
+  Communicator& tensor = target.mesh.along(Axis::TENSOR);
+  LayerReport& report = pass.report.layers[target.layer];
+  const TokenBatch& b = pass.batch;
+  const int64_t rows_T = selection.indices_TK.size(0), sampled = std::min(kRecallRows, rows_T);
+  const auto longs = b.start_T.options();
+  const at::Tensor rows = (at::arange(1, sampled + 1, longs) * rows_T).div(sampled, "floor") - 1;
+  const at::Tensor start = b.start_T.index_select(0, rows), end = b.end_T.index_select(0, rows);
+  const KeyRange keys = key_range(start, end);
+  const at::Tensor kv = kv_SE.narrow(0, keys.first, keys.count).to(b.real_N.scalar_type());
+  at::Tensor s_RHS = (latent_queries(rows).to(kv.scalar_type()).matmul(kv.t())) * target.scale;
+  const at::Tensor key = at::arange(keys.first, keys.first + keys.count, longs).unsqueeze(0);
+  const at::Tensor hidden = (key < start.unsqueeze(1)).logical_or(key >= end.unsqueeze(1));
+  s_RHS.masked_fill_(hidden.unsqueeze(1), -std::numeric_limits<double>::infinity());
+  const at::Tensor p_RS = tensor.all_reduce(s_RHS.softmax(2).sum(1)) / static_cast<double>(target.all_heads);
+  const at::Tensor picked = selection.indices_TK.index_select(0, rows).to(at::kLong);
+  const at::Tensor held = p_RS.gather(1, (picked - keys.first).clamp_min(0)) * (picked >= 0);
+  report.recall += total(held) / tensor.size();
+  report.recall_rows += static_cast<double>(sampled) / tensor.size();
 }
 
 }  // namespace
@@ -134,60 +156,48 @@ void sparse_indexer_loss(const IndexerLossTarget& target, const IndexerProjectio
   const IndexerProjection p{projection.q_NJD.detach(), projection.k_SD.detach(), projection.w_NJ.detach()};
   const bool learns = projection.q_NJD.requires_grad();
   LayerReport& report = pass.report.layers[target.layer];
-  Communicator& tensor = target.mesh.along(Axis::TENSOR);
   const TokenBatch& b = pass.batch;
   const int64_t own = p.q_NJD.size(0);
+  const TopK lists{selection.indices_TK.narrow(0, b.owned_first, own), selection.lengths_T.narrow(0, b.owned_first, own)};
+  at::Tensor p_NK;
+  {
+    const c10::NoGradGuard no_grad;
+    p_NK = target.mesh.along(Axis::TENSOR).reduce_scatter(mass_TK) / static_cast<double>(target.all_heads);
+    measure_recall(target, selection, latent_queries, kv_SE, pass);
+  }
   const native::IndexerInputs inputs{p.q_NJD, p.k_SD, p.w_NJ};
-  const char* why_not = nullptr;
-  const bool native = learns && native::indexer_kl_sparse_supports(inputs, selection.indices_TK.size(1), &why_not);
-  ran("indexer_kl_sparse", native ? "sm90" : std::string("reference (") + (why_not ? why_not : "nothing learns") + ")");
-  std::optional<ProjectionGradient> gradient;
-  native::IndexerLoss loss;
+  const char* why_not = "nothing learns";
+  if (learns && native::indexer_kl_sparse_supports(inputs, lists.indices_TK.size(1), &why_not)) {
+    ran("indexer_kl_sparse", "sm90");
+    native::IndexerLoss loss;
+    {
+      const c10::NoGradGuard no_grad;
+      loss = native::indexer_kl_sparse(p_NK, lists, inputs, b.real_N, pass.plan.kl_scale);
+      report_rows(report, loss.kl_T, loss.entropy_T, b.real_N);
+    }
+    record(pass, "sparse", target.layer, {loss.kl_T});
+    project_back(projection, loss.gradients.dq_TJD, loss.gradients.dk_SD, loss.gradients.dw_TJ);
+    return;
+  }
+  ran("indexer_kl_sparse", std::string("reference (") + why_not + ")");
+  ProjectionGradient gradient(projection);
   std::vector<at::Tensor> recorded;
   {
     const c10::NoGradGuard no_grad;
-    const at::Tensor p_NK = tensor.reduce_scatter(mass_TK) / static_cast<double>(target.all_heads);
-    if (native) {
-      const TopK own_lists{selection.indices_TK.narrow(0, b.owned_first, own), selection.lengths_T.narrow(0, b.owned_first, own)};
-      loss = native::indexer_kl_sparse(p_NK, own_lists, inputs, b.real_N, pass.plan.kl_scale);
-      report_rows(report, loss.kl_T, loss.entropy_T, b.real_N);
-      recorded.push_back(loss.kl_T);
-    } else if (learns) {
-      gradient.emplace(projection);
-    }
-    for (int64_t i = 0; i < own && !native; i += pass.plan.query_block) {
+    for (int64_t i = 0; i < own; i += pass.plan.query_block) {
       const int64_t n = std::min(pass.plan.query_block, own - i);
-      const at::Tensor q = p.q_NJD.narrow(0, i, n), w = p.w_NJ.narrow(0, i, n);
-      const at::Tensor indices = selection.indices_TK.narrow(0, b.owned_first + i, n);
+      const at::Tensor q = p.q_NJD.narrow(0, i, n), w = p.w_NJ.narrow(0, i, n), indices = lists.indices_TK.narrow(0, i, n);
       const KlRows kl = indexer_kl(indexer_logits_selected(q, p.k_SD, w, indices), p_NK.narrow(0, i, n), learns);
       const at::Tensor real = b.real_N.narrow(0, i, n);
       report_rows(report, kl.rows_T, kl.entropy_prediction_T, real);
       recorded.push_back(kl.rows_T);
       if (learns)
-        gradient->add(indexer_logits_selected_backward(kl.gradient_TX * (real * pass.plan.kl_scale).unsqueeze(1), q, p.k_SD,
+        gradient.add(indexer_logits_selected_backward(kl.gradient_TX * (real * pass.plan.kl_scale).unsqueeze(1), q, p.k_SD,
                                                       w, indices), i, n, {0, p.k_SD.size(0)});
     }
-
-    // Recall: the share of the full attention's mass that the selected keys hold, on evenly spaced rows.
-    const int64_t rows_T = mass_TK.size(0), sampled = std::min(kRecallRows, rows_T);
-    const auto longs = b.start_T.options();
-    const at::Tensor rows = (at::arange(1, sampled + 1, longs) * rows_T).div(sampled, "floor") - 1;
-    const at::Tensor start = b.start_T.index_select(0, rows), end = b.end_T.index_select(0, rows);
-    const KeyRange keys = key_range(start, end);
-    const at::Tensor kv = kv_SE.narrow(0, keys.first, keys.count).to(b.real_N.scalar_type());
-    at::Tensor s_RHS = (latent_queries(rows).to(kv.scalar_type()).matmul(kv.t())) * target.scale;
-    const at::Tensor key = at::arange(keys.first, keys.first + keys.count, longs).unsqueeze(0);
-    const at::Tensor hidden = (key < start.unsqueeze(1)).logical_or(key >= end.unsqueeze(1));
-    s_RHS.masked_fill_(hidden.unsqueeze(1), -std::numeric_limits<double>::infinity());
-    const at::Tensor p_RS = tensor.all_reduce(s_RHS.softmax(2).sum(1)) / static_cast<double>(target.all_heads);
-    const at::Tensor picked = selection.indices_TK.index_select(0, rows).to(at::kLong);
-    const at::Tensor held = p_RS.gather(1, (picked - keys.first).clamp_min(0)) * (picked >= 0);
-    report.recall += total(held) / tensor.size();
-    report.recall_rows += static_cast<double>(sampled) / tensor.size();
   }
   record(pass, "sparse", target.layer, std::move(recorded));
-  if (native) project_back(projection, loss.gradients.dq_TJD, loss.gradients.dk_SD, loss.gradients.dw_TJ);
-  else if (learns) project_back(projection, gradient->dq_NJD, gradient->dk_SD, gradient->dw_NJ);
+  if (learns) project_back(projection, gradient.dq_NJD, gradient.dk_SD, gradient.dw_NJ);
 }
 
 }  // namespace dsa

@@ -137,7 +137,7 @@ StepReport Trainer::step(int64_t number) {
   const std::vector<int64_t> targets = global_targets(batches, start_.config.num_nextn_predict_layers, mesh_);
   const StagePlan plan = plan_step(recipe_, start_.config, targets[0]);
 
-  // 2, 3 forward and backward; the indexers' gradients come with the forward pass
+  // 2, 3 forward and backward; the indexers' gradients come on the way (indexer_loss.h)
   ModelReport report = model_.report();
   for (const auto& samples : batches) {
     const TokenBatch batch = make_batch(samples, start_.config, mesh_, model_.options().dtype);

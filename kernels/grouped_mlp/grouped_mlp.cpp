@@ -17,6 +17,7 @@
 
 #include "kernels/check.h"
 #include "kernels/grouped_mlp/native.h"
+#include "kernels/native.h"
 #include "kernels/packed/packed.h"
 
 namespace dsa {
@@ -29,7 +30,9 @@ struct GroupedSwiglu : torch::autograd::Function<GroupedSwiglu> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x_MH, const std::vector<int64_t>& rows,
                             const at::Tensor& gate_EIH, const at::Tensor& up_EIH, const at::Tensor& down_EHI) {
     ctx->saved_data["rows"] = rows;
-    if (grouped_products(x_MH, gate_EIH)) {
+    const bool grouped = grouped_products(x_MH, gate_EIH);
+    ran("grouped_mlp", grouped ? "LibTorch's grouped products" : "LibTorch's products, expert by expert");
+    if (grouped) {
       const at::Tensor ends_E = row_ends(rows, x_MH.device()), x = x_MH.contiguous();
       const at::Tensor g_MI = at::_grouped_mm(x, gate_EIH.transpose(1, 2), ends_E);
       const at::Tensor u_MI = at::_grouped_mm(x, up_EIH.transpose(1, 2), ends_E);

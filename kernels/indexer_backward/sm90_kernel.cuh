@@ -75,10 +75,7 @@ __device__ __forceinline__ uint32_t signs(uint32_t low, uint32_t high) {
   return x;
 }
 
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(two);
-}
+using cuda::pack;
 
 __device__ __forceinline__ void arrive_once_a_warp(uint64_t* barrier) {
   __syncwarp();

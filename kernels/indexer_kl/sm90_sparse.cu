@@ -19,6 +19,7 @@
 
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/quantum_sums.cuh"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/tma.cuh"
 #include "kernels/cuda/wgmma_bf16.cuh"
@@ -77,10 +78,7 @@ __device__ __forceinline__ void arrive_once_a_warp(uint64_t* barrier) {
 }
 __device__ __forceinline__ void sync_group() { cuda::barrier_sync<1, 128>(); }
 
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(two);
-}
+using cuda::pack;
 
 /// 0xFFFF in the half of each argument whose top bit is set.
 __device__ __forceinline__ uint32_t signs(uint32_t low, uint32_t high) {
@@ -361,35 +359,6 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_loss(const __grid_constant
   }
 }
 
-// A thread takes 16 columns.
-template <bool kBf16>
-__global__ void finish(const float4* sums, int64_t groups, void* dk, unsigned* amax) {
-  float greatest = 0;
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < groups; i += int64_t{blockDim.x} * gridDim.x) {
-    float column[16];
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      const float4 v = sums[4 * i + q];
-      column[2 * q] = v.x, column[2 * q + 1] = v.y, column[8 + 2 * q] = v.z, column[8 + 2 * q + 1] = v.w;
-      greatest = fmaxf(fmaxf(greatest, fmaxf(fabsf(v.x), fabsf(v.y))), fmaxf(fabsf(v.z), fabsf(v.w)));
-    }
-    if constexpr (kBf16) {
-      uint32_t out[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) out[j] = pack(column[2 * j], column[2 * j + 1]);
-      auto* to = static_cast<uint4*>(dk) + 2 * i;
-      to[0] = make_uint4(out[0], out[1], out[2], out[3]);
-      to[1] = make_uint4(out[4], out[5], out[6], out[7]);
-    } else {
-      auto* to = static_cast<float4*>(dk) + 4 * i;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) to[j] = make_float4(column[4 * j], column[4 * j + 1], column[4 * j + 2], column[4 * j + 3]);
-    }
-  }
-  for (int bit = 16; bit > 0; bit /= 2) greatest = fmaxf(greatest, __shfl_xor_sync(~0u, greatest, bit));
-  if (threadIdx.x % 32 == 0) atomicMax(amax, __float_as_uint(greatest));
-}
-
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 }  // namespace
@@ -431,14 +400,7 @@ void launch_indexer_kl_sparse_sm90(const IndexerKlSparseParams& p) {
 }
 
 void launch_indexer_kl_sparse_finish_sm90(const float* dk_sum, int64_t keys, void* dk, bool bf16, float* amax, cudaStream_t stream) {
-  using namespace indexer_kl_sparse_sm90;
-  cuda::check(cudaMemsetAsync(amax, 0, sizeof(float), stream), "clear the greatest magnitude");
-  if (keys == 0) return;
-  const int64_t groups = keys * (kDim / 16);
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>((groups + 255) / 256, 2112));
-  (bf16 ? finish<true> : finish<false>)<<<blocks, 256, 0, stream>>>(reinterpret_cast<const float4*>(dk_sum), groups, dk,
-                                                                    reinterpret_cast<unsigned*>(amax));
-  cuda::check(cudaGetLastError(), "launch the end of indexer_kl over selected keys");
+  cuda::launch_finish_quantum_sums(dk_sum, keys * indexer_kl_sparse_sm90::kDim, dk, bf16, amax, stream);
 }
 
 }  // namespace dsa

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "kernels/check.h"
+#include "kernels/native.h"
 #include "kernels/packed/packed.h"
 #include "kernels/rms_norm/native.h"
 
@@ -29,7 +30,9 @@ at::Tensor sum_rows(const at::Tensor& x, const at::Tensor& like) {
 struct RmsNorm : torch::autograd::Function<RmsNorm> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight_D, double eps) {
     const char* why_not = nullptr;
-    if (native::rms_norm_supports(x, weight_D, &why_not)) {
+    const bool on_gpu = native::rms_norm_supports(x, weight_D, &why_not);
+    ran("rms_norm", on_gpu ? "sm90" : std::string("reference (") + why_not + ")");
+    if (on_gpu) {
       const auto [y, r] = native::rms_norm(x.detach(), weight_D.detach(), eps);
       ctx->save_for_backward({x, weight_D, r});
       ctx->saved_data["native"] = true;

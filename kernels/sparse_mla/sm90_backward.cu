@@ -10,6 +10,7 @@
 #include <string>
 
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/quantum_sums.cuh"
 #include "kernels/sparse_mla/sm90_backward.h"
 #include "kernels/sparse_mla/sm90_maps.h"
 
@@ -37,35 +38,6 @@ __global__ void row_products(const __nv_bfloat16* o, const __nv_bfloat16* d_o, i
   }
   for (int bit = 16; bit > 0; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
   if (lane == 0) delta[row] = sum;
-}
-
-// A thread takes 16 columns; see sm90_backward_keys.cu for their order.
-template <bool kBf16>
-__global__ void finish(const float4* sums, int64_t groups, void* dkv, unsigned* amax) {
-  float greatest = 0;
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < groups; i += int64_t{blockDim.x} * gridDim.x) {
-    float column[16];
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      const float4 v = sums[4 * i + q];
-      column[2 * q] = v.x, column[2 * q + 1] = v.y, column[8 + 2 * q] = v.z, column[8 + 2 * q + 1] = v.w;
-      greatest = fmaxf(fmaxf(greatest, fmaxf(fabsf(v.x), fabsf(v.y))), fmaxf(fabsf(v.z), fabsf(v.w)));
-    }
-    if constexpr (kBf16) {
-      alignas(16) __nv_bfloat162 out[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) out[j] = __floats2bfloat162_rn(column[2 * j], column[2 * j + 1]);
-      auto* to = static_cast<uint4*>(dkv) + 2 * i;
-      to[0] = reinterpret_cast<const uint4*>(out)[0];
-      to[1] = reinterpret_cast<const uint4*>(out)[1];
-    } else {
-      auto* to = static_cast<float4*>(dkv) + 4 * i;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) to[j] = make_float4(column[4 * j], column[4 * j + 1], column[4 * j + 2], column[4 * j + 3]);
-    }
-  }
-  for (int bit = 16; bit > 0; bit /= 2) greatest = fmaxf(greatest, __shfl_xor_sync(~0u, greatest, bit));
-  if (threadIdx.x % 32 == 0) atomicMax(amax, __float_as_uint(greatest));
 }
 
 // Of 132 multiprocessors; measured with 8,192 and 32,768 keys, where both kernels then take the same time.
@@ -110,13 +82,7 @@ void launch_sparse_mla_delta_sm90(const SparseMlaBackwardParams& p, const void* 
 }
 
 void launch_sparse_mla_finish_sm90(const float* dkv_sum, int64_t keys, void* dkv, bool bf16, float* amax, cudaStream_t stream) {
-  cuda::check(cudaMemsetAsync(amax, 0, sizeof(float), stream), "clear the greatest magnitude");
-  if (keys == 0) return;
-  const int64_t groups = keys * 36;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>((groups + 255) / 256, 2112));
-  (bf16 ? sparse_mla_sm90::finish<true> : sparse_mla_sm90::finish<false>)<<<blocks, 256, 0, stream>>>(
-      reinterpret_cast<const float4*>(dkv_sum), groups, dkv, reinterpret_cast<unsigned*>(amax));
-  cuda::check(cudaGetLastError(), "launch the end of sparse_mla backward");
+  cuda::launch_finish_quantum_sums(dkv_sum, keys * 576, dkv, bf16, amax, stream);
 }
 
 void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p) {

@@ -87,10 +87,7 @@ __device__ __forceinline__ void arrive_once_a_warp(uint64_t* barrier) {
   if (threadIdx.x % 32 == 0) cuda::mbarrier_arrive(barrier);
 }
 
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(two);
-}
+using cuda::pack;
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
