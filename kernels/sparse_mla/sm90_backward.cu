@@ -13,6 +13,7 @@
 #include "kernels/cuda/quantum_sums.cuh"
 #include "kernels/sparse_mla/sm90_backward.h"
 #include "kernels/sparse_mla/sm90_maps.h"
+#include "kernels/sparse_mla/sm90_tile.cuh"
 
 namespace dsa {
 namespace sparse_mla_sm90 {
@@ -40,8 +41,17 @@ __global__ void row_products(const __nv_bfloat16* o, const __nv_bfloat16* d_o, i
   if (lane == 0) delta[row] = sum;
 }
 
-// Of 132 multiprocessors; measured with 8,192 and 32,768 keys, where both kernels then take the same time.
-constexpr int kKeyShare = 52;
+// Queries of a CTA.
+int group_of(const SparseMlaParams& p) { return kHeadBlock >> row_shift(p.heads); }
+
+// Bytes of workspace for a query: its share of P and dS, and of the union of lists with its length.
+int64_t row_bytes(const SparseMlaParams& p) {
+  const int64_t group = group_of(p), weights = p.k / kTile * ((p.heads + kHeadBlock - 1) / kHeadBlock) * kWeightBytes;
+  return weights + (group > 1 ? p.k * (sizeof(int32_t) + group * sizeof(uint16_t)) + 16 : 0);
+}
+
+// Multiprocessors, of 132, for the kernel of the keys while both run; measured. Its work depends less on the heads.
+constexpr int kKeyShare = 52, kKeyShareOfOneBlock = 64;
 
 // A stream beside the caller's and the events between them, for the time of one launch.
 struct SideStream {
@@ -66,8 +76,8 @@ void wait(cudaStream_t stream, cudaEvent_t event) { cuda::check(cudaStreamWaitEv
 }  // namespace sparse_mla_sm90
 
 size_t sparse_mla_workspace_bytes(const SparseMlaParams& p, int64_t rows) {
-  const int64_t blocks = (p.heads + 63) / 64;
-  return static_cast<size_t>(2 * rows * (p.k / 64) * blocks * sparse_mla_sm90::kWeightBytes);
+  const int64_t group = sparse_mla_sm90::group_of(p);
+  return static_cast<size_t>(2 * ((rows + group - 1) / group * group) * sparse_mla_sm90::row_bytes(p));
 }
 
 float sparse_mla_quantum(float amax) { return amax > 0 ? std::ldexp(1.f, static_cast<int>(std::ceil(std::log2(4 * amax))) - 23) : 0; }
@@ -95,25 +105,38 @@ void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p) {
   if (p.quantum != 0 && std::frexp(p.quantum, &exponent) != 0.5f)
     throw std::runtime_error("cannot run sparse_mla backward (the quantum is no power of two) take it from sparse_mla_quantum");
   if (p.queries == 0) return;
-  const auto row_bytes = static_cast<int64_t>(sparse_mla_workspace_bytes(p, 1) / 2);
-  const int64_t rows = static_cast<int64_t>(p.workspace_bytes) / 2 / row_bytes;
+  const int64_t group = group_of(p), bytes = row_bytes(p), rows = static_cast<int64_t>(p.workspace_bytes) / 2 / (bytes * group) * group;
   if (rows < 1)
     throw std::runtime_error("cannot run sparse_mla backward (the workspace of " + std::to_string(p.workspace_bytes) +
-                             " bytes holds no row) give at least sparse_mla_workspace_bytes(p, 1)");
-  const CUtensorMap map_q = map_heads(p.q, p, p.q_stride, 576), map_g = map_heads(p.d_o, p, p.d_o_stride, 512);
+                             " bytes is too small) give at least sparse_mla_workspace_bytes(p, 1)");
+  const uint32_t query_rows = 1u << row_shift(p.heads);
+  const auto map = [&](const void* base, int64_t stride, int columns, uint32_t box_rows) {
+    return cuda::make_tensor_map(base, {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
+                                        {uint64_t(columns), uint64_t(p.heads), uint64_t(p.queries)},
+                                        {uint64_t(columns) * 2, uint64_t(stride) * 2},
+                                        {64, std::min(query_rows, box_rows), std::max(box_rows / query_rows, 1u)}});
+  };
+  const CUtensorMap query_q = map(p.q, p.q_stride, 576, 32), query_g = map(p.d_o, p.d_o_stride, 512, 32);
+  const CUtensorMap key_q = map(p.q, p.q_stride, 576, 64), key_g = map(p.d_o, p.d_o_stride, 512, 64);
   cuda::check(cudaMemsetAsync(p.p_sel, 0, sizeof(float) * p.queries * p.k, p.stream), "clear p_sel");
   const SideStream side;
-  const int all = cuda::multiprocessors(), for_keys = all * kKeyShare / 132;
+  const int all = cuda::multiprocessors(), for_keys = all * (p.heads > kHeadBlock ? kKeyShare : kKeyShareOfOneBlock) / 132;
   const int64_t chunks = (p.queries + rows - 1) / rows;
   for (int64_t i = 0; i < chunks; ++i) {
-    Chunk chunk{i * rows, std::min(rows, p.queries - i * rows), static_cast<char*>(p.workspace) + i % 2 * rows * row_bytes,
-                i == 0 ? all : all - for_keys};
+    char* const half = static_cast<char*>(p.workspace) + i % 2 * rows * bytes;
+    Chunk chunk{i * rows, std::min(rows, p.queries - i * rows), half, i == 0 ? all : all - for_keys, {}};
+    if (group > 1) {
+      char* const lists = half + rows * (p.k / kTile) * kWeightBytes;
+      chunk.lists = {static_cast<int>(group), reinterpret_cast<int32_t*>(lists), reinterpret_cast<uint16_t*>(lists + rows * p.k * 4),
+                     reinterpret_cast<int32_t*>(lists + rows * p.k * (4 + 2 * group))};
+    }
     if (i >= 2) wait(p.stream, side.used[i % 2]);
-    launch_queries(p, map_q, map_g, chunk, p.stream);
+    if (group > 1) launch_unite(p, chunk.first_row, chunk.rows, chunk.lists);
+    launch_queries(p, query_q, query_g, chunk, p.stream);
     record(side.ready[i % 2], p.stream);
     wait(side.stream, side.ready[i % 2]);
     chunk.multiprocessors = i + 1 == chunks ? all : for_keys;
-    launch_keys(p, map_q, map_g, chunk, side.stream);
+    launch_keys(p, key_q, key_g, chunk, side.stream);
     record(side.used[i % 2], side.stream);
   }
   record(side.end, side.stream);

@@ -1,34 +1,41 @@
 // Backward of sparse attention in latent form on Hopper, the part that belongs to queries: P, dS, dq and p_sel.
 //
-// A CTA takes 64 heads of a query and walks the list in tiles of 64 keys. Warpgroup 0 computes S, warpgroup 1 dO V^T; they
-// swap halves, so that each turns 32 keys of both into P and dS. Both go to memory for the kernel that sums over queries;
-// dS also meets the keys again: warpgroup 0 owns dq columns 0-287, warpgroup 1 columns 288-575, panel by panel, and a panel
-// is refilled with the next tile's keys as soon as it is done. q, do and one tile fill the shared memory.
+// A CTA takes 64 heads of a query and walks the list in tiles of 64 keys. A warpgroup computes S^T and (dO V^T)^T of 32 heads
+// in one product, q and do lying beside each other, and turns both into P and dS where they are. The tiles of all 64 heads go
+// to memory for the kernel that sums over queries; dS also meets the keys again: warpgroup 0 owns dq columns 0-287,
+// warpgroup 1 columns 288-575, panel by panel, and a panel is refilled with the next tile's keys as soon as it is done.
+// q, do and one tile fill the shared memory. Where queries have 32 heads or fewer, the 64 rows are those of 2, 4 or 8 queries
+// and the list is the union of theirs.
 //
 // Letters: T query rows, S keys, H heads, K list entries.
 #include "kernels/cuda/check.h"
 #include "kernels/sparse_mla/sm90_backward.h"
+#include "kernels/sparse_mla/sm90_backward_instructions.cuh"
 #include "kernels/sparse_mla/sm90_tile.cuh"
 
 namespace dsa::sparse_mla_sm90 {
 namespace {
 
 constexpr int kThreads = 384;
+constexpr int kHalfPanel = kPanelBytes / 2;  // 32 heads
 
 struct Shared {
-  alignas(1024) char q[kPanels * kPanelBytes];
-  alignas(1024) char g[kValuePanels * kPanelBytes];
+  alignas(1024) char qg[kValuePanels * 2 * kPanelBytes];  // of 64 columns each: q of heads 0-31, do of them, q and do of 32-63
+  alignas(1024) char q_rope[kPanelBytes];
   alignas(1024) char kv[kPanels * kPanelBytes];
-  alignas(1024) char weights[kWeightBytes];  // P, dS; before that the halves that the warpgroups swap
-  float column_sums[4][kTile];
+  alignas(1024) char weights[kWeightBytes];  // P, dS: 64 keys x 64 heads
+  float4 terms[2][4][4];  // of the heads 8b + 2q and the next: log-sum-exps, in powers of two, then scaled deltas
+  float column_sums[2][kTile];
   uint2 mask;
-  uint64_t full[kPanels], free[kPanels], q_full, q_free, g_full, g_free;
+  uint64_t full[kPanels], free[kPanels], q_full, q_free;
 };
 
 struct Arguments {
   Lists lists;
-  int64_t first_row, rows;
-  int heads, blocks;
+  int64_t first_list, first_row, end_row, groups;
+  int heads, blocks, group, shift;  // group: queries of a CTA, 2^shift rows each
+  const uint16_t* places;           // of a union of lists, see sm90_backward.h
+  int k;                            // entries of a query's own list
   const char* kv;
   int64_t kv_bytes;
   float scale, scale_log2, share;  // share: 1 / heads
@@ -38,28 +45,49 @@ struct Arguments {
   float* p_sel;                    // [T,K], zero before
 };
 
-enum Named { kSwapped = 1, kTaken, kWritten };
+// The query and head of a row of the CTA's 64.
+struct Row {
+  int64_t t;
+  int head;
+  bool has;
+  template <bool kPacked>
+  __device__ __forceinline__ static Row of(const Arguments& a, int64_t first, int block, int row) {
+    if constexpr (kPacked) {
+      const int64_t t = first + (row >> a.shift);
+      const int head = row & ((1 << a.shift) - 1);
+      return {t, head, head < a.heads && t < a.end_row};
+    } else {
+      const int head = block * kHeadBlock + row;
+      return {first, head, head < a.heads};
+    }
+  }
+};
+
+enum Named { kWritten = 1, kTerms0, kTerms1 };
 
 // The order in which panels become free, and are filled and read again.
 __device__ constexpr int panel_at(int i) { return i == 8 ? 4 : i % 2 ? 5 + i / 2 : i / 2; }
 
+template <bool kPacked>
 __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, const Arguments& a, Shared& s) {
   const int thread = threadIdx.x - 256;
   uint32_t parity = 0, item_parity = 0;
-  for (int64_t item = blockIdx.x; item < a.rows * a.blocks; item += gridDim.x) {
-    const int64_t t = a.first_row + item / a.blocks;
-    const int head = static_cast<int>(item % a.blocks) * kHeadBlock, length = a.lists.length(t), tiles = tiles_of(length);
+  for (int64_t item = blockIdx.x; item < a.groups * a.blocks; item += gridDim.x) {
+    const int64_t list = a.first_list + item / a.blocks, t = a.first_row + item / a.blocks * a.group;
+    const int head = static_cast<int>(item % a.blocks) * kHeadBlock, length = a.lists.length(list), tiles = tiles_of(length);
     if (tiles == 0) continue;
-    const int32_t* row = a.lists.indices + t * a.lists.stride;
+    const int32_t* row = a.lists.indices + list * a.lists.stride;
     if (thread == 0) {
       cuda::mbarrier_wait(&s.q_free, item_parity ^ 1);
-      cuda::mbarrier_arrive_expect(&s.q_full, kPanels * kPanelBytes);
-      for (int p = 0; p < kPanels; ++p)
-        cuda::tma_load_3d(s.q + p * kPanelBytes, map_q, &s.q_full, p * 64, head, static_cast<int>(t));
-      cuda::mbarrier_wait(&s.g_free, item_parity ^ 1);
-      cuda::mbarrier_arrive_expect(&s.g_full, kValuePanels * kPanelBytes);
-      for (int p = 0; p < kValuePanels; ++p)
-        cuda::tma_load_3d(s.g + p * kPanelBytes, map_g, &s.g_full, p * 64, head, static_cast<int>(t));
+      cuda::mbarrier_arrive_expect(&s.q_full, (kPanels + kValuePanels) * kPanelBytes);
+      for (int i = 0; i < kPanels; ++i)
+        for (int b = 0; b < 2; ++b) {
+          const int p = panel_at(i);
+          char* const to = p == 8 ? s.q_rope + b * kHalfPanel : s.qg + (4 * p + 2 * b) * kHalfPanel;
+          const int from_head = kPacked ? 0 : head + 32 * b, from_query = static_cast<int>(t) + (kPacked ? b * (32 >> a.shift) : 0);
+          cuda::tma_load_3d(to, map_q, &s.q_full, p * 64, from_head, from_query);
+          if (p < 8) cuda::tma_load_3d(to + kHalfPanel, map_g, &s.q_full, p * 64, from_head, from_query);
+        }
     }
     item_parity ^= 1;
     Entries next;
@@ -68,7 +96,7 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g,
       Gather gather;
       gather.start(a.lists, next, a.kv, a.kv_bytes, thread);
       uint2 mask{0, 0};
-      if (thread < 32) mask = next.mask(a.lists);
+      if (!kPacked && thread < 32) mask = next.mask(a.lists);
       next.load(row, (tile + 1) * kTile, length, thread);
       const uint32_t to = cuda::shared_address(s.kv);
 #pragma unroll
@@ -84,159 +112,163 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g,
   }
 }
 
-// Sums 8 columns over the eight lanes that share them; lane 4i + q is left with column i of quad place q.
-__device__ __forceinline__ float sum_columns(float (&v)[8]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int n = 4, bit = 16; n > 0; n /= 2, bit /= 2)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < n) {
-        const bool high = lane & bit;
-        const float mine = high ? v[i + n] : v[i], theirs = high ? v[i] : v[i + n];
-        v[i] = mine + __shfl_xor_sync(~0u, theirs, bit);
-      }
-  return v[0];
-}
-
-template <int kGroup>
+template <bool kPacked>
 __device__ void differentiate(const Arguments& a, Shared& s) {
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
-  const int head_row = warp * 16 + lane / 4;
-  char* const weights = s.weights;
-  char* const ds_tile = s.weights + kPanelBytes;
-  float4* const give = reinterpret_cast<float4*>(s.weights + (1 - kGroup) * kPanelBytes) + thread;
-  const float4* const take = reinterpret_cast<const float4*>(s.weights + kGroup * kPanelBytes) + thread;
-  // ldmatrix: lane's row and chunk parity of A's 16 x 16 pieces.
-  const int piece_row = warp * 16 + lane % 8 + (lane & 8), piece_chunk = lane >> 4;
-  const uint32_t piece = cuda::shared_address(ds_tile) + piece_row * 128;
-  const char* const left = kGroup == 0 ? s.q : s.g;
+  const int first_panel = group * 5;
+  const uint32_t weights = cuda::shared_address(s.weights);
+  // stmatrix: lane's row of the 8 x 8 pieces, heads 8(lane/8) of the warpgroup's 32; the row of keys + 8 lies 1024 further.
+  const uint32_t piece_to = weights + (warp * 16 + lane % 8) * 128 + (((group * 4 + lane / 8) ^ (lane % 8)) << 4);
+  // ldmatrix: keys lane%8 (+ 8 for lanes 16-31) of 16, heads 16 warp (+ 8 for odd eights of lanes).
+  const uint32_t piece_from = weights + kPanelBytes + (lane % 8 + (lane >> 4) * 8) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane % 8)) << 4);
   uint32_t parity = 0, item_parity = 0;
-  for (int64_t item = blockIdx.x; item < a.rows * a.blocks; item += gridDim.x) {
-    const int64_t t = a.first_row + item / a.blocks;
-    const int block = static_cast<int>(item % a.blocks), head = block * kHeadBlock + head_row;
-    const int tiles = tiles_of(a.lists.length(t));
-    float lse[2], delta[2];
-    bool has[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      has[h] = head + 8 * h < a.heads;
-      lse[h] = has[h] ? __ldg(a.lse + t * a.heads + head + 8 * h) * 1.4426950408889634f : INFINITY;
-      delta[h] = has[h] ? __ldg(a.delta + t * a.heads + head + 8 * h) : 0.f;
+  for (int64_t item = blockIdx.x; item < a.groups * a.blocks; item += gridDim.x) {
+    const int64_t index = item / a.blocks, list = a.first_list + index, t = a.first_row + index * a.group;
+    const int block = static_cast<int>(item % a.blocks), tiles = tiles_of(a.lists.length(list));
+    if (thread < 32) {
+      const Row row = Row::of<kPacked>(a, t, block, group * 32 + thread);
+      float* const terms = &s.terms[group][thread / 8][thread % 8 / 2].x + thread % 2;
+      terms[0] = row.has ? __ldg(a.lse + row.t * a.heads + row.head) * 1.4426950408889634f : INFINITY;
+      terms[2] = row.has ? __ldg(a.delta + row.t * a.heads + row.head) * a.scale : 0.f;
     }
+    if (group == 0) cuda::barrier_sync<kTerms0, 128>();
+    else cuda::barrier_sync<kTerms1, 128>();
     float dq[4][32], dq_last[16];
 #pragma unroll
     for (int i = 0; i < 128; ++i) dq[i / 32][i % 32] = 0;
 #pragma unroll
     for (int i = 0; i < 16; ++i) dq_last[i] = 0;
     if (tiles > 0) {
-      cuda::mbarrier_wait(kGroup == 0 ? &s.q_full : &s.g_full, item_parity);
+      cuda::mbarrier_wait(&s.q_full, item_parity);
       item_parity ^= 1;
     }
     for (int tile = 0; tile < tiles; ++tile, parity ^= 1) {
-      float d[32];
+      uint32_t places[2][2];  // of this thread's keys in the list of the query that rows 8b and on belong to, two in a word
+      if constexpr (kPacked) {
+        const uint16_t* const from = a.places + (index * a.lists.k + tile * kTile + warp * 16 + lane / 4) * a.group;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const auto place = [&](int b) {
+            return static_cast<uint32_t>(__ldg(from + i / 2 * 8 * a.group + ((group * 32 + b * 8) >> a.shift)));
+          };
+          places[i / 2][i % 2] = place(i % 2 * 2) | place(i % 2 * 2 + 1) << 16;
+        }
+      }
+      float d[32];  // rows: keys; columns: S of the warpgroup's 32 heads, dO V of them
 #pragma unroll
       for (int i = 0; i < kPanels; ++i) {
         const int p = panel_at(i);
-        if (i % 3 == 0) {
-          for (int j = i; j < i + 3; ++j) cuda::mbarrier_wait(&s.full[panel_at(j)], parity);
-          cuda::fence_async_proxy();
-          if (i == 0) cuda::wgmma_fence();
-        }
-        if (kGroup == 1 && p == 8) continue;
-        const uint64_t x = cuda::operand_along_k(left + p * kPanelBytes), y = cuda::operand_along_k(s.kv + p * kPanelBytes);
+        cuda::mbarrier_wait(&s.full[p], parity);
+        cuda::fence_async_proxy();
+        if (i == 0) cuda::wgmma_fence();
+        const uint64_t x = cuda::operand_along_k(s.kv + p * kPanelBytes);
+        const uint64_t y = cuda::operand_along_k(p == 8 ? s.q_rope + group * kHalfPanel : s.qg + (2 * p + group) * kPanelBytes);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) cuda::wgmma_bf16_n64<false, false>(d, x + 2 * j, y + 2 * j, i + j > 0);
+        for (int j = 0; j < 4; ++j) {
+          if (p == 8) cuda::wgmma_bf16_n32_of_64<false, false>(d, x + 2 * j, y + 2 * j);
+          else cuda::wgmma_bf16_n64<false, false>(d, x + 2 * j, y + 2 * j, i + j > 0);
+        }
       }
       cuda::wgmma_commit();
       cuda::wgmma_wait<0>();
       cuda::wgmma_settle(d);
-      if (tile + 1 == tiles) arrive_once_a_warp(kGroup == 0 ? &s.q_free : &s.g_free);
+      if (tile + 1 == tiles) arrive_once_a_warp(&s.q_free);
 
-      // Warpgroup 0 keeps S of keys 0-31 and takes the other's dP of them; warpgroup 1 the same with keys 32-63.
+      const uint32_t bits = (warp < 2 ? s.mask.x : s.mask.y) >> (warp % 2 * 16 + lane / 4);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int from = (1 - kGroup) * 16 + 4 * i;
-        give[128 * i] = make_float4(d[from], d[from + 1], d[from + 2], d[from + 3]);
-      }
-      cuda::barrier_sync<kSwapped, 256>();
-      float other[16];
+      for (int h = 0; h < 2; ++h) {
+        const auto place = [&](int b) { return places[h][b / 2] >> (b % 2 * 16) & kNowhere; };
+        float sums[4];  // over the heads 8b + 2(lane%4) + e
+        uint32_t p[4], ds[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float4 v = take[128 * i];
-        other[4 * i] = v.x, other[4 * i + 1] = v.y, other[4 * i + 2] = v.z, other[4 * i + 3] = v.w;
-      }
-      const uint32_t mask = (kGroup == 0 ? s.mask.x : s.mask.y) >> (2 * (lane % 4));
-      cuda::barrier_sync<kTaken, 256>();
-      float columns[8];
-#pragma unroll
-      for (int b = 0; b < 4; ++b)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float p[2], ds[2];
+        for (int b = 0; b < 4; ++b) {
+          const float4 terms = s.terms[group][b][lane % 4];
+          const bool has = kPacked ? place(b) != kNowhere : bits >> (8 * h) & 1;
+          float weight[2], slope[2];
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int i = 4 * b + 2 * h + e;
-            const float score = kGroup == 0 ? d[i] : other[i], dp = kGroup == 0 ? other[i] : d[16 + i];
-            p[e] = mask >> (8 * b + e) & 1 ? exp2_fast(fmaf(score, a.scale_log2, -lse[h])) : 0.f;
-            ds[e] = p[e] * (dp - delta[h]) * a.scale;
-            columns[2 * b + e] = h == 0 ? p[e] : columns[2 * b + e] + p[e];
+            weight[e] = has ? exp2_fast(fmaf(d[i], a.scale_log2, e ? -terms.y : -terms.x)) : 0.f;
+            slope[e] = weight[e] * fmaf(d[16 + i], a.scale, e ? -terms.w : -terms.z);
           }
-          const int column = kGroup * 32 + 8 * b + 2 * (lane % 4);
-          store_pair(weights, head_row + 8 * h, column, pack(p[0], p[1]));
-          store_pair(ds_tile, head_row + 8 * h, column, pack(ds[0], ds[1]));
+          sums[b] = weight[0] + weight[1];
+          p[b] = pack(weight[0], weight[1]);
+          ds[b] = pack(slope[0], slope[1]);
         }
-      const float column_sum = sum_columns(columns);
-      const int index = lane / 4;  // 2b + e: bit 16 of the lane chose the upper half first
-      s.column_sums[warp][kGroup * 32 + 8 * (index / 2) + 2 * (lane % 4) + index % 2] = column_sum;
+        cuda::store_matrices(piece_to + h * 1024, p[0], p[1], p[2], p[3]);
+        cuda::store_matrices(piece_to + kPanelBytes + h * 1024, ds[0], ds[1], ds[2], ds[3]);
+        if constexpr (kPacked) {  // eights of heads that belong to one query
+          const int eights = 1 << (a.shift - 3);
+#pragma unroll
+          for (int b = 0; b < 4; ++b) {
+            sums[b] += __shfl_xor_sync(~0u, sums[b], 1);
+            sums[b] += __shfl_xor_sync(~0u, sums[b], 2);
+          }
+#pragma unroll
+          for (int b = 0; b < 4; ++b) {
+            float sum = sums[b];
+#pragma unroll
+            for (int i = b + 1; i < 4; ++i) sum += i < b + eights ? sums[i] : 0.f;
+            if (lane % 4 == b && b % eights == 0 && place(b) != kNowhere)
+              a.p_sel[(t + ((group * 32 + 8 * b) >> a.shift)) * a.k + place(b)] = sum * a.share;
+          }
+        } else {
+          float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+          sum += __shfl_xor_sync(~0u, sum, 1);
+          sum += __shfl_xor_sync(~0u, sum, 2);
+          if (lane % 4 == 0) s.column_sums[group][warp * 16 + 8 * h + lane / 4] = sum;
+        }
+      }
       cuda::fence_async_proxy();
       cuda::barrier_sync<kWritten, 256>();
-      if (kGroup == 0 && thread == 0)
-        cuda::bulk_store(a.weights + (((t - a.first_row) * (a.lists.k / kTile) + tile) * a.blocks + block) * kWeightBytes, weights,
-                         kWeightBytes);
+      if (group == 0 && thread == 0)
+        cuda::bulk_store(a.weights + ((index * (a.lists.k / kTile) + tile) * a.blocks + block) * kWeightBytes, s.weights, kWeightBytes);
       uint32_t x[4][4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) cuda::load_matrices(x[j], piece + (((2 * j + piece_chunk) ^ (piece_row & 7)) << 4));
+      for (int j = 0; j < 4; ++j) cuda::load_matrices_transposed(x[j], piece_from + j * 2048);
       cuda::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint64_t y = cuda::operand_across_k(s.kv + (kGroup * 5 + i) * kPanelBytes);
+        const uint64_t y = cuda::operand_across_k(s.kv + (first_panel + i) * kPanelBytes);
 #pragma unroll
         for (int j = 0; j < 4; ++j) cuda::wgmma_bf16_n64<true>(dq[i], x[j], y + 128 * j);
         cuda::wgmma_commit();
       }
-      const uint64_t y = cuda::operand_across_k(s.kv + 4 * kPanelBytes) + 4 * kGroup;
+      const uint64_t y = cuda::operand_across_k(s.kv + 4 * kPanelBytes) + 4 * group;
 #pragma unroll
       for (int j = 0; j < 4; ++j) cuda::wgmma_bf16_n32<true>(dq_last, x[j], y + 128 * j);
       cuda::wgmma_commit();
-      if (kGroup == 1 && thread < kTile) {
-        const float sum = (s.column_sums[0][thread] + s.column_sums[1][thread]) + (s.column_sums[2][thread] + s.column_sums[3][thread]);
-        atomicAdd(a.p_sel + t * a.lists.k + tile * kTile + thread, sum * a.share);  // two blocks at most: order is no matter
-      }
+      if (!kPacked && group == 1 && thread < kTile)
+        atomicAdd(a.p_sel + t * a.lists.k + tile * kTile + thread,
+                  (s.column_sums[0][thread] + s.column_sums[1][thread]) * a.share);  // two blocks at most: order is no matter
       cuda::wgmma_wait<4>();
-      arrive_once_a_warp(&s.free[kGroup * 5]);
+      arrive_once_a_warp(&s.free[first_panel]);
       cuda::wgmma_wait<3>();
-      arrive_once_a_warp(&s.free[kGroup * 5 + 1]);
+      arrive_once_a_warp(&s.free[first_panel + 1]);
       cuda::wgmma_wait<2>();
-      arrive_once_a_warp(&s.free[kGroup * 5 + 2]);
+      arrive_once_a_warp(&s.free[first_panel + 2]);
       cuda::wgmma_wait<1>();
-      if (kGroup == 0 && thread == 0) cuda::bulk_store_wait_read();  // nobody writes to the tiles before this panel is full again
-      arrive_once_a_warp(&s.free[kGroup * 5 + 3]);
+      if (group == 0 && thread == 0) cuda::bulk_store_wait_read();  // nobody writes to the tiles before this panel is full again
+      arrive_once_a_warp(&s.free[first_panel + 3]);
       cuda::wgmma_wait<0>();
       arrive_once_a_warp(&s.free[4]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) cuda::wgmma_settle(dq[i]);
       cuda::wgmma_settle(dq_last);
     }
-    __nv_bfloat16* row = a.dq + (t * a.heads + head) * int64_t{kDim};
+    const Row upper = Row::of<kPacked>(a, t, block, warp * 16 + lane / 4), lower = Row::of<kPacked>(a, t, block, warp * 16 + lane / 4 + 8);
+    __nv_bfloat16* const to = a.dq + (upper.t * a.heads + upper.head) * kDim;
+    __nv_bfloat16* const to8 = a.dq + (lower.t * a.heads + lower.head) * kDim;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      store_rows(dq[i], row + (kGroup * 5 + i) * 64, row + 8 * kDim + (kGroup * 5 + i) * 64, has[0], has[1], 1, 1);
-    store_rows(dq_last, row + 256 + kGroup * 32, row + 8 * kDim + 256 + kGroup * 32, has[0], has[1], 1, 1);
+      store_rows(dq[i], to + (first_panel + i) * 64, to8 + (first_panel + i) * 64, upper.has, lower.has, 1, 1);
+    store_rows(dq_last, to + 256 + group * 32, to8 + 256 + group * 32, upper.has, lower.has, 1, 1);
   }
-  if (kGroup == 0 && thread == 0) cuda::bulk_store_wait();
+  if (group == 0 && thread == 0) cuda::bulk_store_wait();
 }
 
+template <bool kPacked>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_queries(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_g, const Arguments a) {
   extern __shared__ __align__(1024) char memory[];
@@ -249,37 +281,42 @@ __global__ void __launch_bounds__(kThreads, 1)
       cuda::mbarrier_init(&s.free[p], p == 4 ? 8 : 4);
     }
     cuda::mbarrier_init(&s.q_full, 1);
-    cuda::mbarrier_init(&s.g_full, 1);
-    cuda::mbarrier_init(&s.q_free, 4);
-    cuda::mbarrier_init(&s.g_free, 4);
+    cuda::mbarrier_init(&s.q_free, 8);
     cuda::mbarrier_init_fence();
   }
   __syncthreads();
-  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (group == 2) {
-    cuda::fewer_registers<56>();
-    gather_tiles(&map_q, &map_g, a, s);
+  if (__shfl_sync(~0u, threadIdx.x / 128, 0) == 2) {
+    cuda::fewer_registers<kPacked ? 56 : 72>();
+    gather_tiles<kPacked>(&map_q, &map_g, a, s);
   } else {
-    cuda::more_registers<224>();
-    if (group == 0) differentiate<0>(a, s);
-    else differentiate<1>(a, s);
+    cuda::more_registers<kPacked ? 224 : 216>();
+    differentiate<kPacked>(a, s);
   }
+}
+
+template <bool kPacked>
+void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments& a, int multiprocessors, cudaStream_t stream) {
+  cuda::check(cudaFuncSetAttribute(backward_queries<kPacked>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)),
+              "reserve shared memory for sparse_mla backward");
+  const int64_t items = a.groups * a.blocks, most = multiprocessors;
+  backward_queries<kPacked><<<static_cast<int>(items < most ? items : most), kThreads, sizeof(Shared), stream>>>(map_q, map_g, a);
+  cuda::check(cudaGetLastError(), "launch sparse_mla backward");
 }
 
 }  // namespace
 
 void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk,
                     cudaStream_t stream) {
-  const int blocks = (p.heads + kHeadBlock - 1) / kHeadBlock;
-  const Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)},
-                    chunk.first_row, chunk.rows, p.heads, blocks, static_cast<const char*>(p.kv), p.kv_stride * 2,
-                    p.scale, p.scale * 1.4426950408889634f, 1.f / p.heads, p.lse, p.delta, chunk.weights,
-                    static_cast<__nv_bfloat16*>(p.dq), p.p_sel};
-  cuda::check(cudaFuncSetAttribute(backward_queries, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)),
-              "reserve shared memory for sparse_mla backward");
-  const int64_t items = chunk.rows * blocks, most = chunk.multiprocessors;
-  backward_queries<<<static_cast<int>(items < most ? items : most), kThreads, sizeof(Shared), stream>>>(map_q, map_g, a);
-  cuda::check(cudaGetLastError(), "launch sparse_mla backward");
+  const int group = chunk.lists.group;
+  Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)},
+              chunk.first_row, chunk.first_row, chunk.first_row + chunk.rows, (chunk.rows + group - 1) / group,
+              p.heads, (p.heads + kHeadBlock - 1) / kHeadBlock, group, row_shift(p.heads), chunk.lists.places, p.k,
+              static_cast<const char*>(p.kv), p.kv_stride * 2, p.scale, p.scale * 1.4426950408889634f, 1.f / p.heads, p.lse, p.delta,
+              chunk.weights, static_cast<__nv_bfloat16*>(p.dq), p.p_sel};
+  if (group == 1) return launch<false>(map_q, map_g, a, chunk.multiprocessors, stream);
+  a.lists = {chunk.lists.keys, int64_t{group} * p.k, chunk.lists.lengths, group * p.k, static_cast<int>(p.keys)};
+  a.first_list = 0;
+  launch<true>(map_q, map_g, a, chunk.multiprocessors, stream);
 }
 
 }  // namespace dsa::sparse_mla_sm90

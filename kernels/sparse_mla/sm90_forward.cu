@@ -1,13 +1,21 @@
 // Sparse attention in latent form on Hopper, forward; see params.h for the formula.
 //
 // A CTA attends with 64 heads of a query; the two halves of 128 heads run side by side, so that the second finds the
-// gathered keys in L2. Two tiles of 64 keys are in shared memory. Warpgroup 0 scores the even tile, warpgroup 1 the odd
-// one; warpgroup 0 owns output columns 0-255, warpgroup 1 columns 256-511, so each multiplies both P tiles with its half
-// of the values. They work in antiphase: while one computes its softmax, the other keeps the tensor core busy. The
-// running maximum passes from one to the other. P goes to the other warpgroup through the tile's rope panel, which is
-// free once its scores are known. A third warpgroup gathers; each half tile is refilled as soon as its owner is done.
+// gathered keys in L2. Four warpgroups share the work, each waiting for nothing but its inputs:
+//   0  scores a tile of 64 keys, with five ninths of the queries in registers, turns the scores into weights
+//   1, 2  add weights times values, 256 of the 512 output columns each
+//   3  gathers tiles, three ahead
+// The tensor core alternates between the scores of tile i + 1 and the values of tile i, whose weights come to be while
+// the values of tile i - 1 are added: warpgroup 0 lets tile i go when the scores of tile i + 1 are nearly done.
 //
-// Letters: T query rows, S keys, H heads, K list entries.
+// Queries in registers leave room for almost three tiles in shared memory: three buffers hold value panels 0 2 3 4 5 and
+// rope, two hold panels 1 6 7, which are needed last and free first. A panel is 64 keys x 64 columns. Weights take the
+// place of the rope panel. Ahead of an item's tiles the queries pass through a buffer of the ring on their way to registers.
+//
+// The maximum that weights refer to follows only when a weight passes 2^8: sums and outputs are then scaled once, and most
+// tiles need no maximum at all.
+//
+// Letters: T query rows, S keys, H heads, K list entries. An item is a query and a half of the heads.
 #include <stdexcept>
 #include <string>
 
@@ -19,21 +27,29 @@ namespace dsa::sparse_mla_sm90 {
 namespace {
 
 constexpr float kNoMaximum = -1e30f;  // finite: differences of it are no NaN
-constexpr int kThreads = 384;
+constexpr float kLargest = 256;       // of the sum of a lane's weights in a row of a tile; beyond, the maximum follows
+constexpr int kThreads = 512;
+constexpr int kBuffers = 3;
+constexpr int kPanelStep = kPanelBytes >> 4;  // in operand descriptors
+constexpr int kTileBytes = 6 * kPanelBytes, kLateBytes = 3 * kPanelBytes;
+constexpr int kRegisterPanels = 5;            // of the queries
+__device__ constexpr int kPanelOf[6] = {0, 2, 3, 4, 5, 8}, kLatePanelOf[3] = {1, 6, 7};
 
 struct Shared {
-  alignas(1024) char q[kPanels * kPanelBytes];
-  alignas(1024) char kv[2][kPanels * kPanelBytes];
-  float maximum[2][64], sum[2][64];
-  uint2 mask[2];
-  uint64_t full[2][2], free[2][2];  // [tile][left panels 0-3, right panels 4-7]; panel 8 belongs to [0][1] and [1][0]
-  uint64_t q_full, q_free;
+  alignas(1024) char tile[kBuffers][6][kPanelBytes];  // panels kPanelOf; the weights take the place of the last, rope
+  alignas(1024) char late[2][3][kPanelBytes];         // panels kLatePanelOf of even and odd tiles
+  alignas(1024) char q[4][kPanelBytes];               // rope and kLatePanelOf
+  float factor[kBuffers][64], inverse[kBuffers][64];  // of a tile's heads: what the outputs so far, and at last, are scaled by
+  uint4 valid[kBuffers];     // byte r/4, bit r%4: entry r of the tile counts
+  int rescale[kBuffers][4];  // whether a warp's factors are to be applied
+  uint64_t full[kBuffers], free[kBuffers], go[kBuffers], full_late[2], free_late[2];
+  uint64_t q_full;
 };
+static_assert(sizeof(Shared) <= 232448, "more shared memory than a block of a Hopper GPU can have");
 
 struct Arguments {
   Lists lists;
-  int64_t queries;
-  int heads, halves;
+  int items, heads, halves;
   const char* kv;
   int64_t kv_bytes;
   float scale_log2;
@@ -42,276 +58,369 @@ struct Arguments {
   uint32_t* bad_entries;
 };
 
-enum Named { kMaximum0 = 1, kMaximum1, kWeights0, kWeights1, kSums };
-
-__device__ __forceinline__ int pairs_of(int length) { return (length + 2 * kTile - 1) / (2 * kTile); }
-
-__device__ void gather_tiles(const CUtensorMap* map_q, const Arguments& a, Shared& s) {
-  const int thread = threadIdx.x - 256;
-  uint32_t pair_parity = 0, q_parity = 0;
-  for (int64_t item = blockIdx.x; item < a.queries * a.halves; item += gridDim.x) {
-    const int64_t t = item / a.halves;
-    const int half = static_cast<int>(item % a.halves), length = a.lists.length(t), pairs = pairs_of(length);
-    if (pairs == 0) continue;
-    const int32_t* row = a.lists.indices + t * a.lists.stride;
-    if (thread == 0) {
-      cuda::mbarrier_wait(&s.q_free, q_parity ^ 1);
-      cuda::mbarrier_arrive_expect(&s.q_full, kPanels * kPanelBytes);
-      for (int p = 0; p < kPanels; ++p)
-        cuda::tma_load_3d(s.q + p * kPanelBytes, map_q, &s.q_full, p * 64, half * kHeadBlock, static_cast<int>(t));
-    }
-    q_parity ^= 1;
-    int good = 0;
-    Entries next;
-    next.load(row, 0, length, thread);
-    for (int pair = 0; pair < pairs; ++pair) {
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        const int first = (2 * pair + tile) * kTile, early = tile;  // the part that its own warpgroup scores first
-        Gather gather;
-        gather.start(a.lists, next, a.kv, a.kv_bytes, thread);
-        uint2 mask{0, 0};
-        if (thread < 32) mask = next.mask(a.lists);
-        next.load(row, first + kTile, length, thread);
-        good += __popc(mask.x) + __popc(mask.y);
-        const uint32_t to = cuda::shared_address(s.kv[tile]);
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          const int part = step ^ early;
-          cuda::mbarrier_wait(&s.free[tile][part], pair_parity ^ 1);
-#pragma unroll
-          for (int p = 0; p < 4; ++p) gather.copy_panel(to, part * 4 + p);
-          if (part != tile) gather.copy_panel(to, kPanels - 1);
-          if (step == 0 && thread == 0) s.mask[tile] = mask;
-          cuda::mbarrier_arrive_after_copies(&s.full[tile][part]);
-          if (step == 0 && thread == 0) cuda::mbarrier_arrive(&s.full[tile][part]);
-        }
-      }
-      pair_parity ^= 1;
-    }
-    if (thread == 0 && half == 0 && a.bad_entries && good < length) atomicAdd(a.bad_entries, length - good);
+// A ring's place, and the parity of its barriers there.
+template <int n>
+struct Ring {
+  int at = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ int after() const { return at + 1 == n ? 0 : at + 1; }
+  __device__ __forceinline__ uint32_t parity_after() const { return at + 1 == n ? parity ^ 1 : parity; }
+  __device__ __forceinline__ void advance() {
+    if (++at == n) at = 0, parity ^= 1;
   }
-}
-
-// One k step (16 columns) of q against a panel's keys.
-__device__ __forceinline__ void score_panel(float (&d)[32], const char* q, const char* kv, int panel, bool first) {
-  const uint64_t a = cuda::operand_along_k(q + panel * kPanelBytes), b = cuda::operand_along_k(kv + panel * kPanelBytes);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) cuda::wgmma_bf16_n64<false, false>(d, a + 2 * i, b + 2 * i, !(first && i == 0));
-}
-
-struct Softmax {
-  float maximum[2], sum[2];  // of rows l/4 and l/4 + 8; sums of this lane's columns
 };
 
-// Scores times scale_log2, -inf where an entry does not count; returns the rows' greatest.
-__device__ __forceinline__ void mask_and_maximum(float (&d)[32], uint2 mask, float scale, float (&greatest)[2]) {
-  if ((mask.x & mask.y) != ~0u) {
-    const int column = 2 * (threadIdx.x % 4);
-#pragma unroll
-    for (int i = 0; i < 32; ++i)
-      if (!counts(mask, 8 * (i / 4) + column + i % 2)) d[i] = -INFINITY;
-  }
-  greatest[0] = d[0], greatest[1] = d[2];
-#pragma unroll
-  for (int i = 0; i < 32; ++i) greatest[i % 4 / 2] = fmaxf(greatest[i % 4 / 2], d[i]);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    greatest[h] = fmaxf(greatest[h], __shfl_xor_sync(~0u, greatest[h], 1));
-    greatest[h] = fmaxf(greatest[h], __shfl_xor_sync(~0u, greatest[h], 2)) * scale;
-  }
+// Operand descriptors differ in their low word.
+__device__ __forceinline__ uint32_t low(uint64_t descriptor) { return static_cast<uint32_t>(descriptor); }
+__device__ __forceinline__ uint64_t whole(uint32_t low) { return 0x4000004000000000ull | low; }
+
+__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done) : "r"(cuda::shared_address(barrier)), "r"(parity) : "memory");
+  return done;
 }
 
-// d becomes exp2(d * scale - maximum), packed beside into operand fragments; returns row sums.
-__device__ __forceinline__ void exponentiate(float (&d)[32], float scale, const float (&maximum)[2], float (&sum)[2]) {
-  sum[0] = sum[1] = 0;
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const int h = i % 4 / 2;
-    d[i] = exp2_fast(fmaf(d[i], scale, -maximum[h]));
-    sum[h] += d[i];
-  }
+// Four 8 x 8 matrices of 16-bit elements, rows at the addresses given by lanes 0-7, 8-15, 16-23, 24-31.
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
 }
 
-__device__ __forceinline__ void to_fragments(const float (&d)[32], uint32_t (&f)[4][4]) {
-#pragma unroll
-  for (int i = 0; i < 16; ++i) f[i / 4][i % 4] = pack(d[2 * i], d[2 * i + 1]);
+// The length of an item's list, -1 past the last item.
+__device__ __forceinline__ int length_of(const Arguments& a, int item) { return item < a.items ? a.lists.length(item / a.halves) : -1; }
+
+__device__ __forceinline__ bool valid_at(const uint4& v, int column) {
+  const uint32_t w = column < 16 ? v.x : column < 32 ? v.y : column < 48 ? v.z : v.w;
+  return w >> (column / 4 % 4 * 8 + column % 4) & 1;
 }
 
-__device__ __forceinline__ void store_weights(char* tile, const float (&d)[32], const float (&by)[2]) {
-  const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = 2 * (threadIdx.x % 4);
+__device__ void score_tiles(const CUtensorMap* map_q, const Arguments& a, Shared& s) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, head_row = warp * 16 + lane / 4;
+  const uint32_t fragment = (warp * 16 + lane % 16) * 128 + ((lane / 16 ^ (lane & 7)) << 4);  // of a panel, first k step
+  Ring<kBuffers> tile_ring;
+  Ring<2> late_ring;
+  uint32_t q_parity = 0;
+  uint32_t q[4 * kRegisterPanels][4];
+  float d[32];
+  bool complete = true, ready = false;  // every entry of the tile counts; the next tile is there
+  int item = blockIdx.x;
+  const auto fetch_q = [&](int item) {  // by one thread: what is not in registers
+    cuda::mbarrier_arrive_expect(&s.q_full, 4 * kPanelBytes);
+    cuda::tma_load_3d(s.q[0], map_q, &s.q_full, 512, item % a.halves * kHeadBlock, item / a.halves);
 #pragma unroll
-  for (int i = 0; i < 16; ++i)
-    store_pair(tile, row + 8 * (i % 2), 8 * (i / 2) + column, pack(d[2 * i] * by[i % 2], d[2 * i + 1] * by[i % 2]));
-}
-
-__device__ __forceinline__ void scale_output(float (&o)[128], const float (&by)[2]) {
-  if (__all_sync(~0u, by[0] == 1 && by[1] == 1)) return;  // no new maximum, the usual case after a few tiles
+    for (int p = 0; p < 3; ++p)
+      cuda::tma_load_3d(s.q[1 + p], map_q, &s.q_full, kLatePanelOf[p] * 64, item % a.halves * kHeadBlock, item / a.halves);
+  };
+  // Scores the next tile; lets the values of the tile before be added when the last products are in the queue.
+  const auto score = [&](bool go, int go_buffer, bool first, bool more) {
+    if (!ready) {
+      cuda::mbarrier_wait(&s.full[tile_ring.at], tile_ring.parity);
+      cuda::fence_async_proxy();
+    }
+    const uint32_t b = low(cuda::operand_along_k(s.tile[tile_ring.at])), qs = low(cuda::operand_along_k(s.q));
+    cuda::wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < 128; ++i) o[i] *= by[i % 4 / 2];
-}
-
-// o += P V, V: four panels of 64 keys x 64 columns.
-__device__ __forceinline__ void add_values(float (&o)[128], const uint32_t (&weights)[4][4], const char* values) {
-  const uint64_t b = cuda::operand_across_k(values, kPanelBytes);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) cuda::wgmma_bf16_n256<true>(o, weights[i], b + 128 * i);
-}
-__device__ __forceinline__ void add_values(float (&o)[128], const char* weights, const char* values) {
-  const uint64_t a = cuda::operand_along_k(weights), b = cuda::operand_across_k(values, kPanelBytes);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) cuda::wgmma_bf16_n256<false, true>(o, a + 2 * i, b + 128 * i);
-}
-
-template <int kGroup>
-__device__ void attend(const Arguments& a, Shared& s) {
-  const int lane = threadIdx.x % 32, head_row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-  char* const own = s.kv[kGroup];
-  char* const own_weights = own + 8 * kPanelBytes;
-  char* const other_weights = s.kv[1 - kGroup] + 8 * kPanelBytes;
-  uint32_t parity = 0, q_parity = 0;
-  for (int64_t item = blockIdx.x; item < a.queries * a.halves; item += gridDim.x) {
-    const int64_t t = item / a.halves;
-    const int head = static_cast<int>(item % a.halves) * kHeadBlock + head_row;
-    const int pairs = pairs_of(a.lists.length(t));
-    const bool has[2] = {head < a.heads, head + 8 < a.heads};
-    Softmax x{{kNoMaximum, kNoMaximum}, {0, 0}};
-    float o[128];
-#pragma unroll
-    for (int i = 0; i < 128; ++i) o[i] = 0;
-    if (pairs > 0) {
+    for (int i = 0; i < 4 * kRegisterPanels; ++i) cuda::wgmma_bf16_n64<false>(d, q[i], whole(b + i / 4 * kPanelStep + i % 4 * 2), i > 0);
+    if (first) {
       cuda::mbarrier_wait(&s.q_full, q_parity);
       q_parity ^= 1;
     }
-    float d[32];
-    const auto score = [&] {  // the next own tile; begins the tensor work
-      cuda::mbarrier_wait(&s.full[kGroup][kGroup], parity);
-      cuda::fence_async_proxy();
-      cuda::wgmma_fence();
 #pragma unroll
-      for (int p = 0; p < 4; ++p) score_panel(d, s.q, own, kGroup * 4 + p, p == 0);
-      cuda::mbarrier_wait(&s.full[kGroup][1 - kGroup], parity);
-      cuda::fence_async_proxy();
+    for (int i = 0; i < 4; ++i) cuda::wgmma_bf16_n64<false, false>(d, whole(qs + 2 * i), whole(b + 5 * kPanelStep + 2 * i));
+    cuda::mbarrier_wait(&s.full_late[late_ring.at], late_ring.parity);
+    cuda::fence_async_proxy();  // also for the weights of the tile before
+    const uint32_t bl = low(cuda::operand_along_k(s.late[late_ring.at]));
 #pragma unroll
-      for (int p = 0; p < 4; ++p) score_panel(d, s.q, own, (1 - kGroup) * 4 + p, false);
-      score_panel(d, s.q, own, 8, false);
-      cuda::wgmma_commit();
-      parity ^= 1;
-    };
-    if (kGroup == 0 && pairs > 0) {
-      score();
-      cuda::wgmma_wait<0>();
-      cuda::wgmma_settle(d);
+    for (int i = 0; i < 12; ++i) {
+      if (i == 8) cuda::wgmma_commit();
+      cuda::wgmma_bf16_n64<false, false>(d, whole(qs + (1 + i / 4) * kPanelStep + i % 4 * 2), whole(bl + i / 4 * kPanelStep + i % 4 * 2));
     }
-    for (int pair = 0; pair < pairs; ++pair) {
-      if constexpr (kGroup == 1) {
-        score();
-        cuda::wgmma_wait<0>();
-        cuda::wgmma_settle(d);
-      }
-      if (pair + 1 == pairs) arrive_once_a_warp(&s.q_free);
-      float greatest[2], sum[2], by[2], after[2];
-      mask_and_maximum(d, s.mask[kGroup], a.scale_log2, greatest);
-      uint32_t weights[4][4];
-      if constexpr (kGroup == 0) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float m = fmaxf(x.maximum[h], greatest[h]);
-          by[h] = exp2_fast(x.maximum[h] - m);
-          x.maximum[h] = m;
-          if (lane % 4 == 0) s.maximum[0][head_row + 8 * h] = m;
-        }
-        cuda::barrier_arrive<kMaximum0, 256>();
-        exponentiate(d, a.scale_log2, x.maximum, sum);
-        to_fragments(d, weights);
-        scale_output(o, by);
-        cuda::wgmma_fence();
-        add_values(o, weights, own);
-        cuda::wgmma_commit();
-        cuda::barrier_sync<kMaximum1, 256>();
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float m = s.maximum[1][head_row + 8 * h];
-          after[h] = exp2_fast(x.maximum[h] - m);
-          x.maximum[h] = m;
-          x.sum[h] = (x.sum[h] * by[h] + sum[h]) * after[h];
-        }
-        store_weights(own_weights, d, after);
-        cuda::fence_async_proxy();
-        cuda::barrier_arrive<kWeights0, 256>();
-        cuda::wgmma_wait<0>();
-        cuda::wgmma_settle(o);
-        arrive_once_a_warp(&s.free[0][0]);
-        scale_output(o, after);
-        cuda::barrier_sync<kWeights1, 256>();
-        cuda::wgmma_fence();
-        add_values(o, other_weights, s.kv[1]);
-        cuda::wgmma_commit();
-        if (pair + 1 < pairs) {  // the next scores wait in the tensor core's queue
-          score();
-          cuda::wgmma_wait<1>();
-          arrive_once_a_warp(&s.free[1][0]);
-          cuda::wgmma_wait<0>();
-        } else {
-          cuda::wgmma_wait<0>();
-          arrive_once_a_warp(&s.free[1][0]);
-        }
-        cuda::wgmma_settle(o);
-        cuda::wgmma_settle(d);
-      } else {
-        cuda::barrier_sync<kMaximum0, 256>();
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float m = fmaxf(s.maximum[0][head_row + 8 * h], greatest[h]);
-          by[h] = exp2_fast(x.maximum[h] - m);
-          x.maximum[h] = m;
-          if (lane % 4 == 0) s.maximum[1][head_row + 8 * h] = m;
-        }
-        cuda::barrier_arrive<kMaximum1, 256>();
-        exponentiate(d, a.scale_log2, x.maximum, sum);
-        const float one[2] = {1, 1};
-        store_weights(own_weights, d, one);
-        cuda::fence_async_proxy();
-        cuda::barrier_arrive<kWeights1, 256>();
-        to_fragments(d, weights);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) x.sum[h] = x.sum[h] * by[h] + sum[h];
-        scale_output(o, by);
-        cuda::barrier_sync<kWeights0, 256>();
-        cuda::wgmma_fence();
-        add_values(o, other_weights, s.kv[0] + 4 * kPanelBytes);  // the even tile first: its refill is needed first
-        cuda::wgmma_commit();
-        add_values(o, weights, own + 4 * kPanelBytes);
-        cuda::wgmma_commit();
-        cuda::wgmma_wait<1>();
-        arrive_once_a_warp(&s.free[0][1]);
-        cuda::wgmma_wait<0>();
-        cuda::wgmma_settle(o);
-        arrive_once_a_warp(&s.free[1][1]);
-      }
+    cuda::wgmma_commit();
+    if (go) {
+      cuda::wgmma_wait<1>();
+      arrive_once_a_warp(&s.go[go_buffer]);
     }
-    float inverse[2] = {0, 0}, total[2] = {0, 0};
-    if (pairs > 0) {
+    const uint4 valid = s.valid[tile_ring.at];
+    complete = (valid.x & valid.y & valid.z & valid.w) == 0x0F0F0F0Fu;
+    ready = more && mbarrier_test(&s.full[tile_ring.after()], tile_ring.parity_after());
+    if (ready) cuda::fence_async_proxy();
+    cuda::wgmma_wait<0>();
+    cuda::wgmma_settle(d);
+  };
+  const uint32_t weights = cuda::shared_address(s.tile[0][5]) + fragment;
+  float maximum[2] = {}, sum[2];
+  // Weights of the tile's scores by the maxima so far; returns the sums of this lane's columns.
+  const auto weigh = [&](float (&by_row)[2]) {
+    by_row[0] = by_row[1] = 0;
+    const uint32_t to = weights + tile_ring.at * kTileBytes;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float e[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        e[j] = exp2_fast(fmaf(d[8 * i + j], a.scale_log2, -maximum[j % 4 / 2]));
+        by_row[j % 4 / 2] += e[j];
+      }
+      store_matrices(to ^ (i << 5), pack(e[0], e[1]), pack(e[2], e[3]), pack(e[4], e[5]), pack(e[6], e[7]));
+    }
+  };
+  const auto soften = [&](bool first) {
+    if (!complete) [[unlikely]] {
+      const uint4 valid = s.valid[tile_ring.at];
+      const int column = 2 * (lane % 4);
+#pragma unroll
+      for (int i = 0; i < 32; ++i)
+        if (!valid_at(valid, 8 * (i / 4) + column + i % 2)) d[i] = -INFINITY;
+    }
+    float by_row[2];
+    bool grown = first;
+    if (!first) [[likely]] {
+      weigh(by_row);
+      grown = __any_sync(~0u, by_row[0] > kLargest || by_row[1] > kLargest);
+    }
+    if (grown) [[unlikely]] {  // also when weights are infinite
+      float greatest[2] = {d[0], d[2]};
+#pragma unroll
+      for (int i = 0; i < 32; ++i) greatest[i % 4 / 2] = fmaxf(greatest[i % 4 / 2], d[i]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        x.sum[h] += __shfl_xor_sync(~0u, x.sum[h], 1);
-        x.sum[h] += __shfl_xor_sync(~0u, x.sum[h], 2);
-        if (lane % 4 == 0) s.sum[kGroup][head_row + 8 * h] = x.sum[h];
+        greatest[h] = fmaxf(greatest[h], __shfl_xor_sync(~0u, greatest[h], 1));
+        greatest[h] = fmaxf(greatest[h], __shfl_xor_sync(~0u, greatest[h], 2)) * a.scale_log2;
+        const float m = fmaxf(maximum[h], greatest[h]), by = exp2_fast(maximum[h] - m);
+        maximum[h] = m;
+        sum[h] *= by;
+        if (lane % 4 == 0) s.factor[tile_ring.at][head_row + 8 * h] = by;
       }
-      cuda::barrier_sync<kSums, 256>();
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        total[h] = s.sum[0][head_row + 8 * h] + s.sum[1][head_row + 8 * h];
-        inverse[h] = total[h] == 0 ? 0 : 1 / total[h];
-      }
+      weigh(by_row);
     }
-    if (kGroup == 0 && lane % 4 == 0)
+    if (lane == 0) s.rescale[tile_ring.at][warp] = grown;
+    sum[0] += by_row[0], sum[1] += by_row[1];
+  };
+  const auto skip_empty = [&](int& item, int& length) {
+    while (length == 0) {
+      const int head = item % a.halves * kHeadBlock + head_row;
+      if (lane % 4 == 0)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (head + 8 * h < a.heads) a.lse[int64_t{item / a.halves} * a.heads + head + 8 * h] = -INFINITY;
+      item += gridDim.x;
+      length = length_of(a, item);
+    }
+  };
+  int length = length_of(a, item);
+  skip_empty(item, length);
+  if (item < a.items && threadIdx.x == 0) fetch_q(item);
+  while (item < a.items) {
+    const int tiles = tiles_of(length);
+    int next = item + gridDim.x;
+    length = length_of(a, next);
+    cuda::mbarrier_wait(&s.full[tile_ring.at], tile_ring.parity);
+    const uint32_t from = cuda::shared_address(s.tile[tile_ring.at]) + fragment;
+#pragma unroll
+    for (int i = 0; i < 4 * kRegisterPanels; ++i) cuda::load_matrices(q[i], (from + i / 4 * kPanelBytes) ^ (i % 4 << 5));
+    __syncwarp();
+    if (lane < 2) cuda::mbarrier_arrive(&s.free[tile_ring.at]);
+    if (lane == 0) cuda::mbarrier_arrive(&s.go[tile_ring.at]);
+    tile_ring.advance();
+    maximum[0] = maximum[1] = kNoMaximum;
+    sum[0] = sum[1] = 0;
+    ready = false;
+    score(false, 0, true, tiles > 1);
+#pragma unroll 1
+    for (int tile = 1; tile < tiles; ++tile) {
+      soften(tile == 1);
+      const int go = tile_ring.at;
+      tile_ring.advance();
+      late_ring.advance();
+      score(true, go, false, tile + 1 < tiles);
+    }
+    cuda::barrier_sync<1, 128>();  // all are done with q
+    skip_empty(next, length);
+    if (next < a.items && threadIdx.x == 0) fetch_q(next);
+    soften(tiles == 1);
+    cuda::fence_async_proxy();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+      if (lane % 4 == 0) s.inverse[tile_ring.at][head_row + 8 * h] = sum[h] == 0 ? 0 : 1 / sum[h];
+    }
+    arrive_once_a_warp(&s.go[tile_ring.at]);
+    tile_ring.advance();
+    late_ring.advance();
+    const int head = item % a.halves * kHeadBlock + head_row;
+    if (lane % 4 == 0)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        if (has[h])
-          a.lse[t * a.heads + head + 8 * h] = total[h] == 0 ? -INFINITY : (x.maximum[h] + log2f(total[h])) * 0.6931471805599453f;
-    __nv_bfloat16* row = a.o + (t * a.heads + head) * int64_t{kLatent} + kGroup * 256;
-    store_rows(o, row, row + 8 * kLatent, has[0], has[1], inverse[0], inverse[1]);
+        if (head + 8 * h < a.heads)
+          a.lse[int64_t{item / a.halves} * a.heads + head + 8 * h] = sum[h] == 0 ? -INFINITY : (maximum[h] + log2f(sum[h])) * 0.6931471805599453f;
+    item = next;
+  }
+}
+
+// Gathers: warp w copies rows 16w to 16w + 15 of each panel, four at a time. The late panels of a tile come one tile later.
+// Ahead of an item's tiles a buffer holds the queries on their way to registers.
+__device__ void gather_tiles(const CUtensorMap* map_q, const Arguments& a, Shared& s) {
+  const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+  const uint32_t to = cuda::shared_address(s.tile) + warp * 2048 + lane / 8 * 128 + ((lane % 8 ^ lane / 8) << 4);
+  Ring<kBuffers> tile_ring;
+  Ring<2> late_ring;
+  int key[4], next[4], edge, edge_next = -1;  // entries of rows 16w + lane/8 + 4j, and the one before row 16w
+  bool pending = false;                       // late panels of the tile whose entries are in key
+  const auto load = [&](int item, int first, int length) {
+    const int32_t* list = a.lists.indices + item / a.halves * a.lists.stride;
+    const int row = first + warp * 16;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) next[j] = row + lane / 8 + 4 * j < length ? __ldg(list + row + lane / 8 + 4 * j) : -1;
+    edge_next = row > 0 && row < length ? __ldg(list + row - 1) : -1;
+  };
+  const auto finish_late = [&] {
+    cuda::mbarrier_wait(&s.free_late[late_ring.at], late_ring.parity ^ 1);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const bool read = key[j] >= 0 && key[j] < a.lists.keys;
+      const char* from = a.kv + (read ? key[j] * a.kv_bytes : 0) + lane % 8 * 16;
+#pragma unroll
+      for (int p = 0; p < 3; ++p)
+          cuda::copy16_or_zero((to ^ (j & 1) << 6) + kBuffers * kTileBytes + late_ring.at * kLateBytes + p * kPanelBytes + j * 512,
+                               from + kLatePanelOf[p] * 128, read);
+    }
+    cuda::mbarrier_arrive_after_copies(&s.full_late[late_ring.at]);
+    late_ring.advance();
+    pending = false;
+  };
+  int item = blockIdx.x, length = length_of(a, item);
+  while (length == 0) item += gridDim.x, length = length_of(a, item);
+  if (item < a.items) load(item, 0, length);
+  while (item < a.items) {
+    int ahead = item + gridDim.x, ahead_length = length_of(a, ahead);
+    if (pending) finish_late();
+    cuda::mbarrier_wait(&s.free[tile_ring.at], tile_ring.parity ^ 1);
+    if (thread == 0) {
+      cuda::fence_async_proxy();
+      cuda::mbarrier_arrive_expect(&s.full[tile_ring.at], kRegisterPanels * kPanelBytes);
+#pragma unroll
+      for (int p = 0; p < kRegisterPanels; ++p)
+        cuda::tma_load_3d(s.tile[tile_ring.at][p], map_q, &s.full[tile_ring.at], kPanelOf[p] * 64, item % a.halves * kHeadBlock, item / a.halves);
+    } else {
+      cuda::mbarrier_arrive(&s.full[tile_ring.at]);
+    }
+    if (lane == 0) cuda::mbarrier_arrive(&s.full[tile_ring.at]);
+    tile_ring.advance();
+    int good = 0;
+#pragma unroll 1
+    for (int first = 0; first < length; first += kTile) {
+      if (pending) finish_late();
+#pragma unroll
+      for (int j = 0; j < 4; ++j) key[j] = next[j];
+      edge = edge_next;
+      if (first + kTile < length) {
+        load(item, first + kTile, length);
+      } else {
+        while (ahead_length == 0) ahead += gridDim.x, ahead_length = length_of(a, ahead);
+        if (ahead < a.items) load(ahead, 0, ahead_length);
+      }
+      cuda::mbarrier_wait(&s.free[tile_ring.at], tile_ring.parity ^ 1);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool read = key[j] >= 0 && key[j] < a.lists.keys;
+        const char* from = a.kv + (read ? key[j] * a.kv_bytes : 0) + lane % 8 * 16;
+#pragma unroll
+        for (int p = 0; p < 6; ++p)
+          cuda::copy16_or_zero((to ^ (j & 1) << 6) + tile_ring.at * kTileBytes + p * kPanelBytes + j * 512, from + kPanelOf[p] * 128, read);
+      }
+      cuda::mbarrier_arrive_after_copies(&s.full[tile_ring.at]);
+      uint32_t word = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        int before = __shfl_up_sync(~0u, key[j], 8);
+        const int above = j ? __shfl_sync(~0u, key[j ? j - 1 : 0], lane | 24) : edge;
+        if (lane < 8) before = above;
+        const uint32_t counts = __ballot_sync(~0u, a.lists.counting(key[j], before) >= 0) & 0x01010101u;
+        good += __popc(counts);
+        word |= (counts * 0x10204080u >> 28) << (8 * j);
+      }
+      if (lane == 0) {
+        reinterpret_cast<uint32_t*>(&s.valid[tile_ring.at])[warp] = word;
+        cuda::mbarrier_arrive(&s.full[tile_ring.at]);
+      }
+      tile_ring.advance();
+      pending = true;
+    }
+    const int mine = length / 64 * 16 + min(max(length % 64 - 16 * warp, 0), 16);
+    if (item % a.halves == 0 && a.bad_entries && lane == 0 && good < mine) atomicAdd(a.bad_entries, mine - good);
+    item = ahead, length = ahead_length;
+  }
+  if (pending) finish_late();
+}
+
+template <int side>
+__device__ void add_values(const Arguments& a, Shared& s) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, head_row = warp * 16 + lane / 4;
+  const uint32_t fragment = cuda::shared_address(s.tile[0][5]) + (warp * 16 + lane % 16) * 128 + ((lane / 16 ^ (lane & 7)) << 4);
+  Ring<kBuffers> tile_ring;
+  Ring<2> late_ring;
+  int length = length_of(a, blockIdx.x);
+  for (int item = blockIdx.x; item < a.items; item += gridDim.x) {
+    const int tiles = tiles_of(length);
+    length = length_of(a, item + gridDim.x);
+    if (tiles > 0) tile_ring.advance();  // the queries' buffer
+    float o[2][64];  // columns of the panels added first, and second
+    float inverse[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 128; ++i) o[i / 64][i % 64] = 0;
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int at = tile_ring.at;
+      cuda::mbarrier_wait(&s.go[at], tile_ring.parity);
+      if (tile > 0 && s.rescale[at][warp]) [[unlikely]] {
+        const float by[2] = {s.factor[at][head_row], s.factor[at][head_row + 8]};
+#pragma unroll
+        for (int i = 0; i < 128; ++i) o[i / 64][i % 64] *= by[i % 4 / 2];
+      }
+      uint32_t v[2];
+      if (side == 0) {
+        v[0] = low(cuda::operand_across_k(s.tile[at][0], s.late[late_ring.at][0] - s.tile[at][0]));
+        v[1] = low(cuda::operand_across_k(s.tile[at][1], kPanelBytes));
+      } else {
+        v[0] = low(cuda::operand_across_k(s.late[late_ring.at][1], kPanelBytes));
+        v[1] = low(cuda::operand_across_k(s.tile[at][3], kPanelBytes));
+      }
+      const uint32_t p = low(cuda::operand_along_k(s.tile[at][5]));
+      cuda::wgmma_fence();
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          cuda::wgmma_bf16_n128<false, true>(o[c], whole(p + 2 * i), whole(v[c] + 128 * i), tile > 0 || i > 0);
+        cuda::wgmma_commit();
+      }
+      if (tile + 1 == tiles) inverse[0] = s.inverse[at][head_row], inverse[1] = s.inverse[at][head_row + 8];
+      cuda::wgmma_wait<1>();
+      arrive_once_a_warp(&s.free_late[late_ring.at]);
+      cuda::wgmma_wait<0>();
+      cuda::wgmma_settle(o[0]);
+      cuda::wgmma_settle(o[1]);
+      arrive_once_a_warp(&s.free[at]);
+      tile_ring.advance();
+      late_ring.advance();
+    }
+    const int head = item % a.halves * kHeadBlock + head_row;
+    __nv_bfloat16* row = a.o + (int64_t{item / a.halves} * a.heads + head) * kLatent + side * 256 + 8 * (lane % 4);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        uint32_t w[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int e = i % 4 * 16 + 4 * j + 2 * h;
+          w[j] = pack(o[i / 4][e] * inverse[h], o[i / 4][e + 1] * inverse[h]);
+        }
+        const uint4 out = transpose_quad(w[0], w[1], w[2], w[3]);
+        if (head + 8 * h < a.heads) __stcs(reinterpret_cast<uint4*>(row + h * (8 * kLatent) + (side ? 1 - i / 4 : i / 4) * 128 + i % 4 * 32), out);
+      }
   }
 }
 
@@ -320,24 +429,30 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ C
   Shared& s = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
     cuda::tma_prefetch_map(&map_q);
-    for (int tile = 0; tile < 2; ++tile)
-      for (int part = 0; part < 2; ++part) {
-        cuda::mbarrier_init(&s.full[tile][part], part == tile ? 129 : 128);
-        cuda::mbarrier_init(&s.free[tile][part], 4);
-      }
+    for (int b = 0; b < kBuffers; ++b) {
+      cuda::mbarrier_init(&s.full[b], 132);
+      cuda::mbarrier_init(&s.free[b], 8);
+      cuda::mbarrier_init(&s.go[b], 4);
+    }
+    for (int b = 0; b < 2; ++b) {
+      cuda::mbarrier_init(&s.full_late[b], 128);
+      cuda::mbarrier_init(&s.free_late[b], 8);
+    }
     cuda::mbarrier_init(&s.q_full, 1);
-    cuda::mbarrier_init(&s.q_free, 8);
     cuda::mbarrier_init_fence();
   }
   __syncthreads();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (group == 2) {
-    cuda::fewer_registers<72>();
+  if (group == 3) {
+    cuda::fewer_registers<32>();
     gather_tiles(&map_q, a, s);
+  } else if (group == 0) {
+    cuda::more_registers<160>();
+    score_tiles(&map_q, a, s);
   } else {
-    cuda::more_registers<216>();
-    if (group == 0) attend<0>(a, s);
-    else attend<1>(a, s);
+    cuda::more_registers<160>();
+    if (group == 1) add_values<0>(a, s);
+    else add_values<1>(a, s);
   }
 }
 
@@ -358,8 +473,8 @@ bool sm90_supports(const SparseMlaParams& p, const char** why_not) {
   if (!cuda::is_hopper()) return no("the current device is not of compute capability 9.0");
   if (p.heads < 1 || p.heads > 128) return no("the number of heads is not in 1 to 128");
   if (p.k < 64 || p.k > 4096 || p.k % 64) return no("the lists' width is not a multiple of 64 up to 4096");
-  if (p.queries < 0 || p.keys < 0 || p.keys > int64_t{1} << 30 || p.queries > int64_t{1} << 30)
-    return no("more than 2^30 queries or keys");
+  if (p.queries < 0 || p.keys < 0 || p.keys > int64_t{1} << 30 || p.queries > int64_t{1} << 29)
+    return no("more than 2^29 queries or 2^30 keys");
   if (p.q_stride % 8 || p.kv_stride % 8) return no("a stride of q or kv is not a multiple of 16 bytes");
   if (reinterpret_cast<uintptr_t>(p.q) % 16 || reinterpret_cast<uintptr_t>(p.kv) % 16) return no("q or kv is not 16-byte aligned");
   return true;
@@ -373,13 +488,13 @@ void launch_sparse_mla_forward_sm90(const SparseMlaForwardParams& p) {
   if (p.queries == 0) return;
   const int halves = (p.heads + kHeadBlock - 1) / kHeadBlock;
   const Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)},
-                    p.queries, p.heads, halves, static_cast<const char*>(p.kv), p.kv_stride * 2,
+                    static_cast<int>(p.queries * halves), p.heads, halves, static_cast<const char*>(p.kv), p.kv_stride * 2,
                     p.scale * 1.4426950408889634f, static_cast<__nv_bfloat16*>(p.o), p.lse, p.bad_entries};
   const CUtensorMap map_q = map_heads(p.q, p, p.q_stride, kDim);
   cuda::check(cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)),
               "reserve shared memory for sparse_mla forward");
-  const int64_t items = p.queries * halves, most = cuda::multiprocessors();
-  forward<<<static_cast<int>(items < most ? items : most), kThreads, sizeof(Shared), p.stream>>>(map_q, a);
+  const int most = cuda::multiprocessors();
+  forward<<<a.items < most ? a.items : most, kThreads, sizeof(Shared), p.stream>>>(map_q, a);
   cuda::check(cudaGetLastError(), "launch sparse_mla forward");
 }
 
