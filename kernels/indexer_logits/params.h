@@ -2,9 +2,11 @@
 //
 //   logits[t,s] = k_scale[s] * sum_j w[t,j] * max(0, q[t,j] . k[s])      start[t] <= s < end[t]
 //
-// q and k are e4m3 or bf16; the dot products and the sum accumulate in fp32. With e4m3, the scale of q[t,j] is
-// multiplied into w[t,j] by the caller (exact for powers of two) and that of k[s] is k_scale[s]. NaN: a NaN in w, k_scale
-// or in bf16 q or k makes the score NaN; NaN codes of e4m3 may count as 0 (their scale says it).
+// q and k are e4m3 or bf16; the dot products and the sum accumulate in fp32. Of the sum of 32 products of e4m3 the tensor core
+// keeps about 14 bits; rows of fewer than 1024 keys, where that shows, are multiplied as fp16, which holds e4m3 exactly: a
+// row's own length decides. With e4m3, the scale of q[t,j] is multiplied into w[t,j] by the caller (exact for powers of two)
+// and that of k[s] is k_scale[s]. NaN: a NaN in w, k_scale or in bf16 q or k makes the score NaN; NaN codes of e4m3 may count
+// as 0 (their scale says it).
 #pragma once
 
 #include <cstddef>

@@ -28,7 +28,7 @@ CUtensorMap Maps::keys(int elements, int keys) const {
 // One block a row: -inf in [0, begin) and [end, S).
 __global__ void fill_outside(const Arguments a) {
   for (int64_t t = blockIdx.x; t < a.queries; t += gridDim.x) {
-    const Range r = row_range(a, t);
+    const Range r = whole_range(a, t);
     float* row = a.logits + t * a.logits_stride;
     for (int64_t s = threadIdx.x; s < r.begin; s += blockDim.x) __stcs(row + s, -INFINITY);
     for (int64_t s = r.end + threadIdx.x; s < a.keys; s += blockDim.x) __stcs(row + s, -INFINITY);
@@ -56,13 +56,15 @@ void launch_indexer_logits_sm90(const IndexerLogitsParams& p) {
   if (!sm90_supports(p, &why))
     throw std::runtime_error(std::string("cannot run indexer_logits for Hopper (") + why + ") choose another implementation");
   if (p.queries == 0 || p.keys == 0) return;
+  const bool e4m3 = p.dtype == IndexerDtype::E4M3;
   const Arguments a{p.queries, static_cast<int>(p.keys), p.heads, p.w, p.w_stride, p.k_scale, p.start, p.end,
-                    p.logits, p.logits_stride};
+                    p.logits, p.logits_stride, e4m3 ? kFewKeys : 1};
   if (p.fill_outside) {
     fill_outside<<<static_cast<int>(p.queries < 16384 ? p.queries : 16384), 256, 0, p.stream>>>(a);
     cuda::check(cudaGetLastError(), "launch the fill of indexer_logits");
   }
-  (p.dtype == IndexerDtype::E4M3 ? launch_e4m3 : launch_bf16)(Maps{p}, a, p.stream);
+  (e4m3 ? launch_e4m3 : launch_bf16)(Maps{p}, a, p.stream);
+  if (e4m3 && (p.start || p.end || p.keys < kFewKeys)) launch_short_e4m3(p, a);
 }
 
 }  // namespace dsa

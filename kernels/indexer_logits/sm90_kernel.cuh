@@ -32,6 +32,7 @@ struct Arguments {
   const int32_t *start, *end;  // [T] or null
   float* logits;             // [T,S]
   int64_t logits_stride;
+  int least_keys;            // rows with fewer are left to launch_short_e4m3
 };
 
 template <bool kFp8_, int kHeads_>
@@ -84,11 +85,19 @@ __device__ __forceinline__ int weight_place(int c) {
   return (b >> 1) * 16 + q * 4 + (b & 1) * 2 + e;
 }
 
-__device__ __forceinline__ Range row_range(const Arguments& a, int64_t t) {
-  if (t >= a.queries) return {0, 0};
+constexpr int kFewKeys = 1024;  // e4m3 rows with fewer keys are summed more exactly
+
+__device__ __forceinline__ Range whole_range(const Arguments& a, int64_t t) {
   const int begin = a.start ? max(__ldg(a.start + t), 0) : 0;
   const int end = a.end ? min(__ldg(a.end + t), a.keys) : a.keys;
   return begin < end ? Range{begin, end} : Range{0, 0};
+}
+
+// Empty where this kernel has nothing to do.
+__device__ __forceinline__ Range row_range(const Arguments& a, int64_t t) {
+  if (t >= a.queries) return {0, 0};
+  const Range r = whole_range(a, t);
+  return r.end - r.begin >= a.least_keys ? r : Range{0, 0};
 }
 
 // The keys that some row of a block wants, from a multiple of 8 on (whole 32-byte sectors of logits), and those that
@@ -404,6 +413,9 @@ struct Maps {
   CUtensorMap queries(int elements, int heads, int queries) const;
   CUtensorMap keys(int elements, int keys) const;
 };
+
+/// The rows of fewer than kFewKeys keys, e4m3.
+void launch_short_e4m3(const IndexerLogitsParams& p, const Arguments& a);
 
 /// Launch the kernel of the least padded head count that holds a.heads.
 void launch_e4m3(const Maps& maps, const Arguments& a, cudaStream_t stream);
