@@ -4,8 +4,8 @@
 //   m[t,j,s] = dI[t,s] 1[q[t,j] . k[s] > 0]
 //   dq[t,j] = w[t,j] sum_s m k[s]      dw[t,j] = sum_s m q[t,j] . k[s]      dk[s] += sum_t sum_j m w[t,j] q[t,j]
 //
-// q, k, dI are bf16, products of bf16 and sums in fp32; m is exact, m w is rounded to bf16 once. With FP8 scores in the
-// forward pass, q and k are the bf16 tensors that were quantised: the quantiser passes the gradient straight through, and
+// q and k are bf16, dI is fp32, products of bf16 and sums in fp32: m and m w are rounded to bf16 once each. With FP8 scores
+// in the forward pass, q and k are the bf16 tensors that were quantised: the quantiser passes the gradient straight through, and
 // the scales belong to the scores, not to w.
 #pragma once
 
@@ -31,8 +31,8 @@ struct IndexerBackwardParams {
   const int32_t* start = nullptr;  ///< [T], first key of a row; null: 0. Clamped to [0, S]
   const int32_t* end = nullptr;    ///< [T], one past the last key; null: S. Clamped to [0, S]
 
-  const void* d_logits = nullptr;  ///< dI [T,S] bf16, loss scale and row weights included; anything outside a row's range
-  int64_t d_logits_stride = 0;     ///< elements from row to row, a multiple of 8; base 16-byte aligned
+  const float* d_logits = nullptr;  ///< dI [T,S] fp32, loss scale and row weights included; anything outside a row's range
+  int64_t d_logits_stride = 0;     ///< elements from row to row, a multiple of 4; base 16-byte aligned
 
   void* dq = nullptr;     ///< [T,J,128] contiguous, bf16 or fp32; 16-byte aligned
   bool dq_bf16 = true;

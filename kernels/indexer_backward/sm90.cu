@@ -34,7 +34,8 @@ bool sm90_supports(const IndexerBackwardParams& p, const char** why_not) {
   if (p.heads < 1 || p.heads > indexer_backward_sm90::kHeads) return no("the number of heads is not in 1 to 64");
   if (p.dim != indexer_backward_sm90::kDim) return no("the head size is not 128");
   if (p.queries < 0 || p.keys < 0 || p.keys > kMost || p.queries > kMost) return no("more than 2^30 queries or keys");
-  if (p.q_stride % 8 || p.k_stride % 8 || p.d_logits_stride % 8) return no("a stride of q, k or d_logits is not a multiple of 8");
+  if (p.q_stride % 8 || p.k_stride % 8) return no("a stride of q or k is not a multiple of 8");
+  if (p.d_logits_stride % 4) return no("the stride of d_logits is not a multiple of 4");
   if (!aligned(p.q) || !aligned(p.k) || !aligned(p.d_logits) || !aligned(p.dq) || !aligned(p.dk) || !aligned(p.workspace))
     return no("q, k, d_logits, dq, dk or the workspace is not 16-byte aligned");
   return true;
@@ -63,13 +64,14 @@ void launch_indexer_backward_sm90(const IndexerBackwardParams& p) {
   const int64_t block = block_rows(p);
   void* const key_work = static_cast<char*>(p.workspace) + bits_bytes(p.keys, block);
   const auto* const q = static_cast<const uint16_t*>(p.q);
-  const auto* const d = static_cast<const uint16_t*>(p.d_logits);
   for (int64_t t = 0; t < p.queries; t += block) {
     const int64_t rows = std::min(block, p.queries - t);
     const Maps maps{
         cuda::make_tensor_map(q + t * p.q_stride, {kBf16, 3, {kDim, size(p.heads), size(rows)}, {kDim * 2, size(p.q_stride) * 2}, {64, kHeads, 2}}),
         cuda::make_tensor_map(p.k, {kBf16, 2, {kDim, size(p.keys), 1}, {size(p.k_stride) * 2, 0}, {64, kTile, 1}}),
-        cuda::make_tensor_map(d + t * p.d_logits_stride, {kBf16, 2, {size(p.keys), size(rows), 1}, {size(p.d_logits_stride) * 2, 0}, {64, 2, 1}})};
+        cuda::make_tensor_map(p.d_logits + t * p.d_logits_stride,
+                              {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, {size(p.keys), size(rows), 1},
+                               {size(p.d_logits_stride) * 4, 0}, {32, 2, 1}})};
     const Arguments a{static_cast<int>(rows), static_cast<int>(p.keys), p.heads, p.w + t * p.w_stride, p.w_stride,
                       p.start ? p.start + t : nullptr, p.end ? p.end + t : nullptr,
                       static_cast<char*>(p.dq) + t * p.heads * kDim * (p.dq_bf16 ? 2 : 4), p.dq_bf16, p.dw + t * p.heads, p.dk,

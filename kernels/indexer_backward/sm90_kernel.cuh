@@ -54,7 +54,7 @@ struct Arguments {
   __device__ __forceinline__ uint32_t* bits_of(int pair, int tile) const { return bits + (int64_t{pair} * bit_tiles() + tile) * kPairWords; }
 };
 
-// Queries of the launch in boxes of two with 64 heads; keys in boxes of 128; dI in boxes of two queries x 64 keys.
+// Queries of the launch in boxes of two with 64 heads; keys in boxes of 128; dI in boxes of two queries x 32 keys.
 struct Maps {
   CUtensorMap q, k, d;
 };
@@ -62,6 +62,12 @@ struct Maps {
 __device__ __forceinline__ uint32_t load32(uint32_t address) {
   uint32_t x;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address));
+  return x;
+}
+
+__device__ __forceinline__ float2 load_two(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
   return x;
 }
 

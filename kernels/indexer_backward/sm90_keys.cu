@@ -30,7 +30,7 @@ struct Work {
 
 struct Shared {
   alignas(1024) char tile[kStages][kTileBytes];         // two queries
-  alignas(1024) char d[kStages][4 * 256];               // their dI: four panels of 64 keys, two rows of 128 bytes
+  alignas(1024) char d[kStages][8 * 256];               // their dI: eight panels of 32 keys, two rows of 128 bytes
   alignas(16) uint32_t bits[kStages][2 * kPairWords];   // of two tiles of keys
   alignas(16) float w[kStages][kTile];                  // in the order in which a lane reads them, see weight_place
   Range range[kStages][2];
@@ -143,7 +143,8 @@ __device__ void load_tiles(const Maps& maps, const Arguments& a, Shared& s, cons
         const bool any = t < a.queries;  // past the last query there are no bits
         cuda::mbarrier_arrive_expect(full, kTileBytes + sizeof s.d[0] + (any ? sizeof s.bits[0] : 0));
         for (int p = 0; p < 2; ++p) cuda::tma_load_3d(s.tile[stage.index] + p * kPanelBytes, &maps.q, full, p * 64, 0, t);
-        for (int p = 0; p < 4; ++p) cuda::tma_load_2d(s.d[stage.index] + p * 256, &maps.d, full, key + p * 64, t);
+#pragma unroll 1
+        for (int p = 0; p < 8; ++p) cuda::tma_load_2d(s.d[stage.index] + p * 256, &maps.d, full, key + p * 32, t);
         if (any) cuda::bulk_load(s.bits[stage.index], a.bits_of(t / 2, 2 * piece.block), sizeof s.bits[0], full);
       }
 #pragma unroll
@@ -158,17 +159,15 @@ __device__ void load_tiles(const Maps& maps, const Arguments& a, Shared& s, cons
 __device__ __forceinline__ void select(const Shared& s, int stage, int query, int key, int row, uint32_t (&g)[2][4][4]) {
   const int lane = threadIdx.x % 32, quad = lane % 4;
   const Range range = s.range[stage][query];
-  const uint32_t d_at = cuda::shared_address(s.d[stage]) + query * 128;
+  const uint32_t d_row = cuda::shared_address(s.d[stage]) + query * 128 + row / 32 * 256;
+  const uint32_t d_at = (swizzled_row(d_row) ^ (row >> 2 & 7) << 4) + 4 * (row & 3);
   float d[2][2];
 #pragma unroll
   for (int u = 0; u < 2; ++u)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int column = row + 64 * u + 8 * h, at = key + 64 * u + 8 * h;
-      const uint32_t place = (swizzled_row(d_at + column / 64 * 256) ^ (column >> 3 & 7) << 4) + 2 * (column & 7);
-      uint16_t x;
-      asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(place));
-      d[u][h] = at >= range.begin && at < range.end ? __uint_as_float(uint32_t{x} << 16) : 0.f;
+      const int at = key + 64 * u + 8 * h;  // two panels, that is four rows, and two chunks further
+      d[u][h] = at >= range.begin && at < range.end ? __uint_as_float(load32((d_at + 512 * u) ^ (64 * u + 32 * h))) : 0.f;
     }
   const uint2* bits = reinterpret_cast<const uint2*>(s.bits[stage] + row / kTile * kPairWords + query * kQueryWords + lane / 8 * 8) + quad;
   const float4* w_at = reinterpret_cast<const float4*>(s.w[stage] + query * kHeads) + quad;

@@ -1,8 +1,8 @@
 // Backward pass of the indexer on Hopper, the part that belongs to queries: dq and dw.
 //
 // A CTA's own rows are two queries of 64 heads, a warpgroup each; it streams the keys that either wants. A tile of keys meets
-// them twice: S = -(own . tile^T), whose sign bit is set exactly where q.k > 0 and selects the elements of dI, the same for
-// all heads of a query; the selected elements, in the registers where S was, are then the left operand of
+// them twice: S = -(own . tile^T), whose sign bit is set exactly where q.k > 0 and selects the elements of dI, rounded to
+// bf16, the same for all heads of a query; the selected elements, in the registers where S was, are then the left operand of
 // sums += selected . tile. w and dw stay out of the loop: dq = w sum_s m k and dw = q . sum_s m k. Two tiles are in hand at a
 // time: while one is selected on the general cores, the tensor core works on the other. A third warpgroup's thread keeps a
 // ring of tiles full.
@@ -17,7 +17,7 @@ constexpr int kGroupBytes = 64 * 128;  // a warpgroup's own rows in a panel
 struct Shared {
   alignas(1024) char own[kTileBytes];
   alignas(1024) char tile[kStages][kTileBytes];
-  alignas(1024) char d[kStages][512];  // dI: two panels of 64 keys, two rows of 128 bytes
+  alignas(1024) char d[kStages][1024];  // dI: four panels of 32 keys, two rows of 128 bytes
   uint64_t full[kStages], free[kStages], own_full, own_free;
 };
 
@@ -99,11 +99,10 @@ __device__ void load_tiles(const Maps& maps, const Arguments& a, Shared& s) {
       const int key = pair.begin + i * kTile;
       uint64_t* full = &s.full[stage.index];
       cuda::mbarrier_wait(&s.free[stage.index], stage.parity ^ 1);
-      cuda::mbarrier_arrive_expect(full, kTileBytes + 512);
-      for (int p = 0; p < 2; ++p) {
-        cuda::tma_load_2d(s.tile[stage.index] + p * kPanelBytes, &maps.k, full, p * 64, key);
-        cuda::tma_load_2d(s.d[stage.index] + p * 256, &maps.d, full, key + p * 64, pair.first_query);
-      }
+      cuda::mbarrier_arrive_expect(full, kTileBytes + sizeof s.d[0]);
+      for (int p = 0; p < 2; ++p) cuda::tma_load_2d(s.tile[stage.index] + p * kPanelBytes, &maps.k, full, p * 64, key);
+      for (int p = 0; p < 4; ++p)
+        cuda::tma_load_2d(s.d[stage.index] + p * 256, &maps.d, full, key + p * 32, pair.first_query);
     }
   }
 }
@@ -131,7 +130,10 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
         const uint32_t row = cuda::shared_address(s.d[index]) + group * 128;
         uint32_t d[16];
 #pragma unroll
-        for (int b = 0; b < 16; ++b) d[b] = load32((swizzled_row(row + b / 8 * 256) ^ (b % 8) << 4) + 4 * (lane % 4));
+        for (int b = 0; b < 16; ++b) {
+          const float2 two = load_two((swizzled_row(row + b / 4 * 256) ^ (b % 4 * 2 + lane % 4 / 2) << 4) + 8 * (lane % 2));
+          d[b] = pack(two.x, two.y);
+        }
         if (key < range.begin || key + kTile > range.end) {
 #pragma unroll
           for (int b = 0; b < 16; ++b) {

@@ -29,8 +29,8 @@ struct IndexerKlDenseParams {
   size_t workspace_bytes = 0;  ///< at least indexer_kl_dense_workspace_bytes(p, 256); blocks are as large as it allows
 };
 
-/// Bytes of workspace for blocks of this many rows: 4 + 2 bytes a score and, a row, 16 for every 256 keys, 4 top_k and less
-/// than 32; 8 bytes for every 256 x 256 scores; and what the gradient's kernels ask for.
+/// Bytes of workspace for blocks of this many rows: 4 bytes a score, whose place its gradient takes, and, a row, 16 for every
+/// 256 keys, 4 top_k and less than 32; 8 bytes for every 256 x 256 scores; and what the gradient's kernels ask for.
 size_t indexer_kl_dense_workspace_bytes(const IndexerKlDenseParams& p, int64_t rows);
 
 /// Whether the Hopper kernels take this input on the current device; otherwise *why_not says what is missing.

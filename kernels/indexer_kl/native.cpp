@@ -145,6 +145,9 @@ IndexerLoss indexer_kl_sparse(const at::Tensor& p_TK, const TopK& selected, cons
   p.dq = out.gradients.dq_TJD.data_ptr();
   p.dw = out.gradients.dw_TJ.data_ptr<float>();
   p.dk_sum = sum.data_ptr<float>();
+  p.workspace_bytes = indexer_kl_sparse_workspace_bytes();
+  const at::Tensor workspace = at::empty({static_cast<int64_t>(p.workspace_bytes)}, x.q.options().dtype(at::kByte));
+  p.workspace = workspace.data_ptr();
   p.stream = current_stream(x.q);
   quantum.run("indexer_kl", [&](float q) {
     sum.zero_();

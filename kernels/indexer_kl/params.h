@@ -56,7 +56,7 @@ struct DenseKlRows {
   float* entropy_target = nullptr;      ///< [T] -sum p log p
   float* entropy_prediction = nullptr;  ///< [T] of softmax(I)
   float* recall = nullptr;              ///< [T] sum of p over the selected keys, 0 without them
-  void* dI = nullptr;                   ///< [T,S] bf16, 4-byte aligned; outside a row's range zeros or untouched; null: none
+  float* dI = nullptr;                  ///< [T,S] 8-byte aligned; may be logits; outside a row's range zeros or untouched; null: none
   int64_t dI_stride = 0;                ///< even, at least S
 };
 

@@ -66,8 +66,7 @@ struct Plan {
     rows.dI = nullptr;
 
     if (gradient.dq) {
-      rows.dI = take(count * stride * 2);
-      rows.dI_stride = stride;
+      rows.dI = logits.logits, rows.dI_stride = stride;
       gradient.d_logits = rows.dI, gradient.d_logits_stride = stride;
       gradient.q = static_cast<const uint16_t*>(gradient.q) + first * gradient.q_stride;
       gradient.w += first * gradient.w_stride;

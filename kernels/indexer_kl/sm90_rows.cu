@@ -128,13 +128,13 @@ __global__ void __launch_bounds__(kRowThreads)
     const Range range = row_range(p.start, p.end, t, p.queries, static_cast<int>(p.keys));
     const Row row(scores, rows.row_weight, rows.loss_scale, range, t);
     const float *logits = rows.logits + t * rows.logits_stride, *of_row = mass + t * mass_stride;
-    auto* dI = rows.dI ? static_cast<__nv_bfloat16*>(rows.dI) + t * rows.dI_stride : nullptr;
+    float* dI = rows.dI ? rows.dI + t * rows.dI_stride : nullptr;
     double total[4] = {};
     for (int s = (range.begin & ~1) + 2 * threadIdx.x; s < range.end; s += 2 * kRowThreads) {
       const float2 x = __ldcs(reinterpret_cast<const float2*>(logits + s)), m = __ldcs(reinterpret_cast<const float2*>(of_row + s));
       Sums sums{};
       const float d0 = row.add(m.x * inverse_heads, x.x, s, sums), d1 = row.add(m.y * inverse_heads, x.y, s + 1, sums);
-      if (dI) *reinterpret_cast<__nv_bfloat162*>(dI + s) = __floats2bfloat162_rn(d0, d1);
+      if (dI) *reinterpret_cast<float2*>(dI + s) = make_float2(d0, d1);
       total[0] += sums.kl, total[1] += sums.target, total[2] += sums.prediction, total[3] += sums.recall;
     }
 #pragma unroll
@@ -228,8 +228,8 @@ void check_rows(const AttentionMassParams& p, const DenseKlRows& r) {
   if (r.all_heads < 1) refuse("all_heads is below 1", "pass the number of heads that the mass sums over");
   if (reinterpret_cast<uintptr_t>(r.logits) % 16 || r.logits_stride % 4)
     refuse("the logits are not 16-byte aligned or their stride is not a multiple of 4", "pad the rows");
-  if (reinterpret_cast<uintptr_t>(r.dI) % 4 || r.dI_stride % 2 || (r.dI && r.dI_stride < p.keys))
-    refuse("dI is not 4-byte aligned or its stride is odd or less than the keys", "pad the rows");
+  if (reinterpret_cast<uintptr_t>(r.dI) % 8 || r.dI_stride % 2 || (r.dI && r.dI_stride < p.keys))
+    refuse("dI is not 8-byte aligned or its stride is odd or less than the keys", "pad the rows");
 }
 
 void check_workspace(const AttentionMassParams& p) {

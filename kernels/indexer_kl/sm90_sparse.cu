@@ -3,10 +3,12 @@
 // A CTA takes a query at a time and walks its list twice in tiles of 64 keys. First pass: S = -(keys . q^T), 64 keys x 64
 // heads; the sign bits, set exactly where q.k > 0, stay in shared memory (a word a thread and tile), the weighted sums over
 // heads are the scores. Between the passes: softmax, loss and dI. Second pass: dI under the sign bits, per tile, is a left
-// operand twice: dq += m^T . keys, and dk = (m w) . q, which leaves for global memory. No product is computed twice.
+// operand twice: dq += m^T . keys, and dk = (m w) . q, which leaves for global memory. No product is computed twice. dq takes
+// m as its bf16 and the bf16 of what that leaves: dI sums to 0, so what the keys have in common would leave mostly errors.
 // Every contribution to dk_sum is rounded to a multiple of a power of two, after which fp32 additions are exact and their
 // order has no effect. One warpgroup computes, another gathers keys; two CTAs share a multiprocessor, so that one adds to
-// memory while the other multiplies.
+// memory while the other multiplies. Where dk_sum is too large for the L2 cache, all CTAs keep pace in the second pass: the
+// lists ascend, so all add to one stretch of keys at a time, which stays in the cache.
 //
 // Column 16B + 8b + 2q + e of a key lies at 16B + 4q + 2b + e of dk_sum: a thread's accumulators are then four in a row.
 #include <cuda_bf16.h>
@@ -36,16 +38,20 @@ constexpr int kPanelBytes = 64 * 128;   // 64 columns of 64 rows, 128-byte swizz
 constexpr int kStages = 3;
 constexpr int kThreads = 256;
 constexpr int kMostEntries = 4096;
+constexpr int kPaceSteps = 8;                    // of a row, and counters
+constexpr int64_t kPaceBytes = int64_t{20} << 20;  // of dk_sum: with more, CTAs keep pace
+constexpr int64_t kPatience = 200000;            // cycles
 
 struct Shared {
   alignas(1024) char q[2 * kPanelBytes];
   alignas(1024) char keys[kStages][2 * kPanelBytes];
-  alignas(1024) char selected[kPanelBytes];  // m of a tile, keys x heads
-  float4 parts[3][4];                        // of the reductions over four warps
-  uint64_t full[kStages], free[kStages], q_full;
+  alignas(1024) char selected[2][kPanelBytes];  // m of a tile, keys x heads: its bf16, and what that leaves of it
+  float4 parts[3][4];                           // of the reductions over four warps
+  uint64_t full[kStages], free[kStages], q_full, list_full, list_free;
 };
-// Behind it, for K entries: float score[K] (then dI), int key[K] (-1: the entry does not count), uint32_t bits[K/64][128].
+// Behind it, for K entries: int key[K] (-1: the entry does not count), float score[K] (then dI), uint32_t bits[K/64][128].
 __host__ __device__ constexpr size_t shared_bytes(int k) { return sizeof(Shared) + size_t(k) * (4 + 4 + 8); }
+__device__ __forceinline__ int* keys_of(Shared& s) { return reinterpret_cast<int*>(&s + 1); }
 
 struct Arguments {
   int64_t queries;
@@ -65,6 +71,7 @@ struct Arguments {
   void* dq;
   bool dq_bf16;
   float *dw, *dk_sum;
+  int* pace;    // [kPaceSteps], null: no pace is kept
   float magic;  // 1.5 * 2^23 quanta: adding it rounds to a quantum
 
   __device__ __forceinline__ int length(int64_t t) const { return lengths ? min(max(__ldg(lengths + t), 0), k) : k; }
@@ -80,45 +87,85 @@ __device__ __forceinline__ void sync_group() { cuda::barrier_sync<1, 128>(); }
 
 using cuda::pack;
 
-/// 0xFFFF in the half of each argument whose top bit is set.
-__device__ __forceinline__ uint32_t signs(uint32_t low, uint32_t high) {
-  uint32_t x;
-  asm("prmt.b32 %0, %1, %2, 0xFFBB;" : "=r"(x) : "r"(low), "r"(high));
-  return x;
+/// Brings n elements of 4 bytes into the L2 cache, by the second warpgroup.
+__device__ __forceinline__ void prefetch(const void* from, int n) {
+  for (int i = threadIdx.x - 128; i * 32 < n; i += 128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + i * 128));
 }
 
-// Thread i copies 16 bytes, chunk i % 16, of rows i / 16 + 8j of a tile.
+// Every step a CTA waits until all have begun the step before. Nobody relies on it: a CTA that has waited for kPatience cycles
+// (others may not be running yet) goes its own way from there on.
+struct Pace {
+  int* counters;
+  int step = 0;
+  bool kept = true;
+
+  __device__ __forceinline__ void begin_step() {
+    asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counters + step % kPaceSteps) : "memory");
+    if (step > 0 && kept) {
+      const int* before = counters + (step - 1) % kPaceSteps;
+      const int wanted = ((step - 1) / kPaceSteps + 1) * static_cast<int>(gridDim.x);
+      const int64_t from = clock64();
+      for (int seen = 0; kept;) {
+        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(before) : "memory");
+        if (seen >= wanted) break;
+        kept = clock64() - from < kPatience;
+      }
+    }
+    ++step;
+  }
+};
+
+// The list of a row, then its tiles, twice. Thread i copies 16 bytes, chunk i % 16, of rows i / 16 + 8j of a tile.
 __device__ void gather_tiles(const Arguments& a, Shared& s) {
   const int thread = threadIdx.x - 128, chunk = thread % 16, first_row = thread / 16;
   const uint32_t to = cuda::shared_address(s.keys[0]) + chunk / 8 * kPanelBytes + first_row * 128 + (((chunk & 7) ^ first_row) << 4);
+  const char* const from = a.key + chunk * 16;
+  const auto key_bytes = static_cast<uint32_t>(a.key_bytes);
+  int* const list = keys_of(s);
   int stage = 0;
-  uint32_t parity = 0;
+  uint32_t parity = 0, list_parity = 1;
+  Pace pace{a.pace};
   for (int64_t t = blockIdx.x; t < a.queries; t += gridDim.x) {
     const int length = a.length(t), tiles = tiles_of(length);
     const int32_t* row = a.indices + t * a.indices_stride;
-    int next[8];
-    const auto load = [&](int tile) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int i = tile * kTile + first_row + 8 * j;
-        next[j] = i < length ? __ldg(row + i) : -1;
-      }
-    };
-    if (tiles > 0) load(0);
+    cuda::mbarrier_wait(&s.list_free, list_parity);
+    list_parity ^= 1;
+#pragma unroll 8
+    for (int i = thread; i < tiles * kTile; i += 128) {
+      const int own = i < length ? __ldg(row + i) : -1, before = i > 0 && i < length ? __ldg(row + i - 1) : -1;
+      list[i] = own >= 0 && own < a.keys && own > before ? own : -1;
+    }
+    cuda::mbarrier_arrive(&s.list_full);
+    cuda::barrier_sync<2, 128>();
+    const int64_t next = t + gridDim.x;
+    if (next < a.queries) {
+      const int entries = a.length(next);
+      prefetch(a.indices + next * a.indices_stride, entries);
+      prefetch(a.p + next * a.p_stride, entries);
+    }
+    const bool paced = a.pace && t - blockIdx.x + gridDim.x <= a.queries;  // every CTA has a row
+    int steps = paced ? 0 : kPaceSteps;
     for (int i = 0; i < 2 * tiles; ++i) {
+      if (steps < kPaceSteps && (i - tiles) * kPaceSteps >= steps * tiles) {
+        if (thread == 0) pace.begin_step();
+        cuda::barrier_sync<2, 128>();
+        ++steps;
+      }
+      const int* keys = list + (i < tiles ? i : i - tiles) * kTile + first_row;
       int key[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) key[j] = next[j];
-      load(i + 1 < tiles ? i + 1 : i + 1 - tiles);
+      for (int j = 0; j < 8; ++j) key[j] = keys[8 * j];
       cuda::mbarrier_wait(&s.free[stage], parity ^ 1);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const bool read = key[j] >= 0 && key[j] < a.keys;
-        cuda::copy16_or_zero(to + stage * 2 * kPanelBytes + j * 1024, a.key + (read ? key[j] * a.key_bytes : 0) + chunk * 16, read);
-      }
+      for (int j = 0; j < 8; ++j)
+        cuda::copy16_or_zero(to + stage * 2 * kPanelBytes + j * 1024,
+                             from + uint64_t{key_bytes} * static_cast<uint32_t>(max(key[j], 0)), key[j] >= 0);
       cuda::mbarrier_arrive_after_copies(&s.full[stage]);
       if (++stage == kStages) stage = 0, parity ^= 1;
     }
+    if (thread == 0)
+      for (; steps < kPaceSteps; ++steps) pace.begin_step();
   }
 }
 
@@ -149,19 +196,30 @@ __device__ void differentiate_loss(const Arguments& a, Shared& s, int64_t t, int
   const float lse = most.x + logf(reduce(sum, s.parts[1], add4).x);
   const float scale = learns ? a.loss_scale * (a.row_weight ? __ldg(a.row_weight + t) : 1.f) : 0.f;
   float4 sums = make_float4(0, 0, 0, 0);  // KL and the two entropies
-  for (int i = thread; i < entries; i += 128) {
-    float d = 0;
-    if (key[i] >= 0 && learns) {
-      const float log_pi = score[i] - lse, pi = expf(log_pi), p = __ldg(p_row + i);
-      if (p > 0) {
-        const float log_p = logf(p);
-        sums.x = fmaf(p, log_p - log_pi, sums.x);
-        sums.y = fmaf(-p, log_p, sums.y);
-      }
-      sums.z = fmaf(-pi, log_pi, sums.z);
-      d = scale * (pi - p);
+  for (int first = thread; first < entries; first += 8 * 128) {
+    float p[8];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const int i = first + 128 * n;
+      p[n] = i < entries && key[i] >= 0 ? __ldg(p_row + i) : 0.f;
     }
-    score[i] = d;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const int i = first + 128 * n;
+      if (i >= entries) break;
+      float d = 0;
+      if (key[i] >= 0 && learns) {
+        const float log_pi = score[i] - lse, pi = expf(log_pi);
+        if (p[n] > 0) {
+          const float log_p = logf(p[n]);
+          sums.x = fmaf(p[n], log_p - log_pi, sums.x);
+          sums.y = fmaf(-p[n], log_p, sums.y);
+        }
+        sums.z = fmaf(-pi, log_pi, sums.z);
+        d = scale * (pi - p[n]);
+      }
+      score[i] = d;
+    }
   }
   sums = reduce(sums, s.parts[2], add4);  // after it, dI is there for all
   if (thread == 0) {
@@ -177,8 +235,25 @@ __device__ __forceinline__ float4 trade(float4 x) {
   return make_float4(__shfl_xor_sync(~0u, x.x, 4), __shfl_xor_sync(~0u, x.y, 4), __shfl_xor_sync(~0u, x.z, 4), __shfl_xor_sync(~0u, x.w, 4));
 }
 
-__device__ __forceinline__ void add(float* to, float4 x) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+__device__ __forceinline__ void add(float* to, float4 x, bool wanted) {
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %5, 0;\n @p red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(int{wanted})
+               : "memory");
+}
+
+// The signs of a tile's accumulators: that of 4b + 2h + e is bit 31 - 8(2h + e) - b. A shift by b brings four of them to the
+// tops of the bytes.
+__device__ __forceinline__ uint32_t sign_word(const float (&x)[32]) {
+  uint32_t part[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 32; ++i) part[i % 4] = __funnelshift_l(__float_as_uint(x[i]), part[i % 4], 1);
+  return part[0] << 24 | part[1] << 16 | part[2] << 8 | part[3];
+}
+/// 0xFFFF in the low half where the top bit of byte 3 (h = 0) or 1 is set, in the high half for byte 2 or 0.
+__device__ __forceinline__ uint32_t signs(uint32_t x, int h) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(y) : "r"(x), "r"(h == 0 ? 0xAABB : 0x8899));
+  return y;
 }
 
 // Adds row half h of a tile of dk. Four lanes hold 64 bytes of a key; they trade with the four lanes of the key beside it, so
@@ -198,19 +273,22 @@ __device__ __forceinline__ void add_to_keys(const Arguments& a, int key, const f
       x[j] = make_float4(to_quantum(d[at], a.magic), to_quantum(d[at + 1], a.magic), to_quantum(d[at + 4], a.magic), to_quantum(d[at + 5], a.magic));
     }
     const float4 traded = trade(is_odd ? x[0] : x[1]);
-    if (even_key >= 0) add(even + 32 * i, is_odd ? traded : x[0]);
-    if (odd_key >= 0) add(odd + 32 * i, is_odd ? x[1] : traded);
+    add(even + 32 * i, is_odd ? traded : x[0], even_key >= 0);
+    add(odd + 32 * i, is_odd ? x[1] : traded, odd_key >= 0);
   }
 }
 
 __device__ void differentiate(const CUtensorMap* map_q, const Arguments& a, Shared& s) {
   const int thread = threadIdx.x, lane = thread % 32, row = thread / 32 * 16 + lane / 4, quad = lane % 4;
-  float* const score = reinterpret_cast<float*>(&s + 1);
-  int* const key = reinterpret_cast<int*>(score + a.k);
-  uint32_t* const bits = reinterpret_cast<uint32_t*>(key + a.k) + thread;
+  const int* const key = keys_of(s);
+  float* const score = reinterpret_cast<float*>(keys_of(s) + a.k);
+  uint32_t* const bits = reinterpret_cast<uint32_t*>(score + a.k) + thread;
   int stage = 0;
-  uint32_t parity = 0, q_parity = 0;
+  uint32_t parity = 0, row_parity = 0;
+  int last_stage = 0;
+  uint32_t last_parity = 0;
   const auto next_stage = [&] {
+    last_stage = stage, last_parity = parity;
     if (++stage == kStages) stage = 0, parity ^= 1;
   };
   for (int64_t t = blockIdx.x; t < a.queries; t += gridDim.x) {
@@ -218,12 +296,7 @@ __device__ void differentiate(const CUtensorMap* map_q, const Arguments& a, Shar
       cuda::mbarrier_arrive_expect(&s.q_full, sizeof s.q);
       for (int p = 0; p < 2; ++p) cuda::tma_load_3d(s.q + p * kPanelBytes, map_q, &s.q_full, p * 64, 0, static_cast<int>(t));
     }
-    const int length = a.length(t), tiles = tiles_of(length);
-    const int32_t* list = a.indices + t * a.indices_stride;
-    for (int i = thread; i < tiles * kTile; i += 128) {
-      const int own = i < length ? __ldg(list + i) : -1, before = i > 0 && i < length ? __ldg(list + i - 1) : -1;
-      key[i] = own >= 0 && own < a.keys && own > before ? own : -1;
-    }
+    const int tiles = tiles_of(a.length(t));
     float2 w[8];  // of heads 8b + 2 quad and the next
 #pragma unroll
     for (int b = 0; b < 8; ++b) {
@@ -231,9 +304,9 @@ __device__ void differentiate(const CUtensorMap* map_q, const Arguments& a, Shar
       w[b].x = j < a.heads ? __ldg(a.w + t * a.w_stride + j) : 0.f;
       w[b].y = j + 1 < a.heads ? __ldg(a.w + t * a.w_stride + j + 1) : 0.f;
     }
-    sync_group();
-    cuda::mbarrier_wait(&s.q_full, q_parity);
-    q_parity ^= 1;
+    cuda::mbarrier_wait(&s.list_full, row_parity);
+    cuda::mbarrier_wait(&s.q_full, row_parity);
+    row_parity ^= 1;
 
     for (int tile = 0; tile < tiles; ++tile, next_stage()) {
       float x[32];
@@ -248,10 +321,7 @@ __device__ void differentiate(const CUtensorMap* map_q, const Arguments& a, Shar
       cuda::wgmma_wait<0>();
       cuda::wgmma_settle(x);
       arrive_once_a_warp(&s.free[stage]);
-      uint32_t word = 0;
-#pragma unroll
-      for (int i = 0; i < 32; ++i) word = __funnelshift_l(__float_as_uint(x[i]), word, 1);
-      bits[tile * 128] = word;
+      bits[tile * 128] = sign_word(x);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float even = 0, odd = 0;
@@ -275,18 +345,22 @@ __device__ void differentiate(const CUtensorMap* map_q, const Arguments& a, Shar
     for (int i = 0; i < 64; ++i) dq[i] = 0;
     for (int tile = 0; tile < tiles; ++tile, next_stage()) {
       const uint32_t word = bits[tile * 128];
+      cuda::mbarrier_wait(&s.free[last_stage], last_parity);  // all warps have multiplied what was selected before
       uint32_t g[4][4];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int r = row + 8 * h;
         const float d = score[tile * kTile + r];
         const uint32_t twice = pack(d, d);
+        const float rest = d - __uint_as_float(twice << 16);
+        const uint32_t rest_twice = pack(rest, rest);
 #pragma unroll
         for (int b = 0; b < 8; ++b) {
-          const int i = 4 * b + 2 * h;
-          const uint32_t positive = signs(word << i, word << (i + 1));
+          const uint32_t positive = signs(word << b, h);
           g[b / 2][b % 2 * 2 + h] = pack(d * w[b].x, d * w[b].y) & positive;
-          *reinterpret_cast<uint32_t*>(s.selected + r * 128 + ((b ^ (r & 7)) << 4) + 4 * quad) = twice & positive;
+          const int place = r * 128 + ((b ^ (r & 7)) << 4) + 4 * quad;
+          *reinterpret_cast<uint32_t*>(s.selected[0] + place) = twice & positive;
+          *reinterpret_cast<uint32_t*>(s.selected[1] + place) = rest_twice & positive;
         }
       }
       cuda::fence_async_proxy();
@@ -298,9 +372,11 @@ __device__ void differentiate(const CUtensorMap* map_q, const Arguments& a, Shar
 #pragma unroll
       for (int j = 0; j < 4; ++j) cuda::wgmma_bf16_n128<true>(dk, g[j], cuda::operand_across_k(s.q, kPanelBytes) + 128 * j, j > 0);
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        cuda::wgmma_bf16_n128<true, true>(dq, cuda::operand_across_k(s.selected) + 128 * j,
-                                          cuda::operand_across_k(s.keys[stage], kPanelBytes) + 128 * j);
+      for (int j = 0; j < 4; ++j) {
+        const uint64_t keys = cuda::operand_across_k(s.keys[stage], kPanelBytes) + 128 * j;
+        cuda::wgmma_bf16_n128<true, true>(dq, cuda::operand_across_k(s.selected[0]) + 128 * j, keys);
+        cuda::wgmma_bf16_n128<true, true>(dq, cuda::operand_across_k(s.selected[1]) + 128 * j, keys);
+      }
       cuda::wgmma_commit();
       cuda::wgmma_wait<0>();
       cuda::wgmma_settle(dk);
@@ -334,7 +410,8 @@ __device__ void differentiate(const CUtensorMap* map_q, const Arguments& a, Shar
         else *reinterpret_cast<float2*>(static_cast<float*>(a.dq) + place) = make_float2(x, y);
       }
     }
-    sync_group();  // q, keys and scores of the row are read
+    arrive_once_a_warp(&s.list_free);
+    sync_group();  // q and scores of the row are read
   }
 }
 
@@ -347,14 +424,16 @@ __global__ void __launch_bounds__(kThreads, 2) sparse_loss(const __grid_constant
       cuda::mbarrier_init(&s.free[i], 4);
     }
     cuda::mbarrier_init(&s.q_full, 1);
+    cuda::mbarrier_init(&s.list_full, 128);
+    cuda::mbarrier_init(&s.list_free, 4);
     cuda::mbarrier_init_fence();
   }
   __syncthreads();
   if (__shfl_sync(~0u, threadIdx.x / 128, 0) == 1) {
-    cuda::fewer_registers<56>();
+    cuda::fewer_registers<64>();
     gather_tiles(a, s);
   } else {
-    cuda::more_registers<200>();
+    cuda::more_registers<192>();
     differentiate(&map_q, a, s);
   }
 }
@@ -374,27 +453,35 @@ bool sm90_supports(const IndexerKlSparseParams& p, const char** why_not) {
   if (p.queries < 0 || p.keys < 0 || p.keys > int64_t{1} << 30 || p.queries > int64_t{1} << 30)
     return no("more than 2^30 queries or keys");
   if (p.q_stride % 8 || p.k_stride % 8) return no("a stride of q or k is not a multiple of 8");
-  if (!aligned(p.q) || !aligned(p.key) || !aligned(p.dq) || !aligned(p.dk_sum)) return no("q, k, dq or dk_sum is not 16-byte aligned");
+  if (!aligned(p.q) || !aligned(p.key) || !aligned(p.dq) || !aligned(p.dk_sum) || !aligned(p.workspace))
+    return no("q, k, dq, dk_sum or the workspace is not 16-byte aligned");
   int exponent;
   if (p.quantum != 0 && std::frexp(p.quantum, &exponent) != 0.5f) return no("the quantum is no power of two");
   return true;
 }
+
+size_t indexer_kl_sparse_workspace_bytes() { return indexer_kl_sparse_sm90::kPaceSteps * sizeof(int); }
 
 void launch_indexer_kl_sparse_sm90(const IndexerKlSparseParams& p) {
   using namespace indexer_kl_sparse_sm90;
   const char* why = nullptr;
   if (!sm90_supports(p, &why))
     throw std::runtime_error(std::string("cannot run indexer_kl over selected keys for Hopper (") + why + ") choose another implementation");
+  if (p.workspace_bytes < indexer_kl_sparse_workspace_bytes())
+    throw std::runtime_error("cannot run indexer_kl over selected keys (the workspace of " + std::to_string(p.workspace_bytes) +
+                             " bytes is too small) give indexer_kl_sparse_workspace_bytes()");
   if (p.queries == 0) return;
   const CUtensorMap map_q = cuda::make_tensor_map(
       p.q, {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, {kDim, uint64_t(p.heads), uint64_t(p.queries)}, {kDim * 2, uint64_t(p.q_stride) * 2},
             {64, kHeads, 1}});
+  int* const pace = p.keys * kDim * int64_t{sizeof(float)} > kPaceBytes ? static_cast<int*>(p.workspace) : nullptr;
+  if (pace) cuda::check(cudaMemsetAsync(pace, 0, kPaceSteps * sizeof(int), p.stream), "clear the pace of indexer_kl");
   const Arguments a{p.queries, static_cast<int>(p.keys), p.heads, p.k, static_cast<const char*>(p.key), p.k_stride * 2, p.w, p.w_stride,
                     p.indices, p.indices_stride, p.lengths, p.p_sel, p.p_stride, p.loss_scale, p.row_weight, p.kl, p.entropy_target,
-                    p.entropy_prediction, p.dq, p.dq_bf16, p.dw, p.dk_sum, p.quantum * 0x1.8p23f};
+                    p.entropy_prediction, p.dq, p.dq_bf16, p.dw, p.dk_sum, pace, p.quantum * 0x1.8p23f};
   const auto bytes = static_cast<int>(shared_bytes(p.k));
   cuda::check(cudaFuncSetAttribute(sparse_loss, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "reserve shared memory for indexer_kl");
-  const int64_t most = cuda::multiprocessors() * (bytes <= 112 * 1024 ? 2 : 1);
+  const int64_t most = cuda::multiprocessors() * (bytes <= 113 * 1024 ? 2 : 1);
   sparse_loss<<<static_cast<int>(std::min(p.queries, most)), kThreads, bytes, p.stream>>>(map_q, a);
   cuda::check(cudaGetLastError(), "launch indexer_kl over selected keys");
 }

@@ -50,7 +50,7 @@ struct Arguments {
   const float* row_weight;
   Sums* partial_sums;
   int64_t key_tiles;
-  __nv_bfloat16* dI;
+  float* dI;
   int64_t dI_stride;
   // or the mass alone
   float* mass;
@@ -183,7 +183,7 @@ __device__ __forceinline__ void finish(const float (&mass)[2][64], const Argumen
       const bool any = t < a.queries;
       Sums sums{};
       const float* logits = a.logits + t * a.logits_stride + first_key;
-      __nv_bfloat16* dI = a.dI ? a.dI + t * a.dI_stride + first_key : nullptr;
+      float* dI = a.dI ? a.dI + t * a.dI_stride + first_key : nullptr;
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -199,7 +199,7 @@ __device__ __forceinline__ void finish(const float (&mass)[2][64], const Argumen
             const int c = 128 * half + 8 * (b0 + b), at = 4 * (b0 + b) + 2 * r, key = first_key + c;
             const float d0 = row.add(mass[half][at] * a.inverse_heads, score[b].x, key, sums);
             const float d1 = row.add(mass[half][at + 1] * a.inverse_heads, score[b].y, key + 1, sums);
-            if (any && dI && key < a.keys) *reinterpret_cast<__nv_bfloat162*>(dI + c) = __floats2bfloat162_rn(d0, d1);
+            if (any && dI && key < a.keys) *reinterpret_cast<float2*>(dI + c) = make_float2(d0, d1);
           }
         }
 #pragma unroll
@@ -385,7 +385,7 @@ void launch_dense_kl_sm90(const AttentionMassParams& p, const DenseKlRows& rows)
     a.inverse_heads = 1.f / rows.all_heads, a.loss_scale = rows.loss_scale;
     a.logits = rows.logits, a.logits_stride = rows.logits_stride;
     a.scores = w.scores, a.row_weight = rows.row_weight, a.partial_sums = w.partial_sums;
-    a.dI = static_cast<__nv_bfloat16*>(rows.dI), a.dI_stride = rows.dI_stride;
+    a.dI = rows.dI, a.dI_stride = rows.dI_stride;
     launch_tiles<true>(p, a);
   }
   launch_row_sums(p, rows, w);

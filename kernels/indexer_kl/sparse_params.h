@@ -8,8 +8,8 @@
 //
 // Letters: T query rows, S keys, J heads, K list entries. q, k are bf16; the scores are computed again from them in bf16
 // products and fp32 sums, whatever selected the keys: with FP8 scores in the selection, the loss is that of the bf16 scores and
-// the quantiser passes the gradient straight through. m and m w are rounded to bf16 once: gradients err by 1e-3 to 2e-3, dw by
-// up to 3e-3 where a row's scores differ little, since dI sums to 0. An entry i of a list counts when
+// the quantiser passes the gradient straight through. m w is rounded to bf16 once, m is taken as two bf16: dk errs by
+// 1e-3 to 2e-3, dq and dw by about 1e-5. An entry i of a list counts when
 // i < lengths[t], 0 <= idx < S and idx is greater than the entry before it; p of the others is not used.
 #pragma once
 
@@ -53,11 +53,17 @@ struct IndexerKlSparseParams {
   /// order as long as no sum passes 2^23 quanta (sparse_mla_quantum). 0: no rounding; the bits then depend on the order.
   float quantum = 0;
 
+  void* workspace = nullptr;  ///< 16-byte aligned, at least indexer_kl_sparse_workspace_bytes()
+  size_t workspace_bytes = 0;
+
   CUstream_st* stream = nullptr;
 };
 
 /// Whether the Hopper kernel takes this input on the current device; otherwise *why_not says what is missing.
 bool sm90_supports(const IndexerKlSparseParams& p, const char** why_not);
+
+/// Bytes that a launch needs beside its inputs and outputs: counters.
+size_t indexer_kl_sparse_workspace_bytes();
 
 /// Enqueues the kernel. Throws std::runtime_error when sm90_supports refuses or CUDA reports an error.
 /// kl, the entropies, dq and dw have the same bits on every run, dk_sum too unless the quantum is 0 or too small.

@@ -44,6 +44,7 @@ void run_indexer_suite(const Options& options, Report& report);
 void run_indexer_backward_suite(const Options& options, Report& report);
 void run_indexer_kl_suite(const Options& options, Report& report);
 void run_topk_suite(const Options& options, Report& report);
+void run_sparse_chain_suite(const Options& options, Report& report);
 void run_sparse_mla_suite(const Options& options, Report& report);
 
 }  // namespace dsa::bench

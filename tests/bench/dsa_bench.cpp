@@ -17,6 +17,7 @@ struct Suite {
 const Suite kSuites[] = {{"indexer", dsa::bench::run_indexer_suite},
                          {"indexer_backward", dsa::bench::run_indexer_backward_suite},
                          {"indexer_kl", dsa::bench::run_indexer_kl_suite},
+                         {"sparse_chain", dsa::bench::run_sparse_chain_suite},
                          {"topk", dsa::bench::run_topk_suite},
                          {"sparse_mla", dsa::bench::run_sparse_mla_suite}};
 

@@ -30,11 +30,11 @@ void run_dense(const Options& options, Report& report, int64_t keys, double peer
   double pairs = 0;
   for (int64_t t = 0; t < kRows; ++t) ends.push_back(static_cast<int32_t>(keys - kRows + t + 1)), pairs += ends.back();
   const DeviceArray<int32_t> end(ends);
-  const DeviceArray<uint16_t> q(kRows * kHeads * 128), k(keys * 128), d(kRows * keys), dq(kRows * kHeads * 128);
-  const DeviceArray<float> w(kRows * kHeads), dw(kRows * kHeads), dk(keys * 128);
+  const DeviceArray<uint16_t> q(kRows * kHeads * 128), k(keys * 128), dq(kRows * kHeads * 128);
+  const DeviceArray<float> w(kRows * kHeads), dw(kRows * kHeads), dk(keys * 128), d(kRows * keys);
   test::fill_normal_bf16(q.data(), q.size(), 1);
   test::fill_normal_bf16(k.data(), k.size(), 2);
-  test::fill_normal_bf16(d.data(), d.size(), 3, 1e-4f);
+  test::fill_normal_f32(d.data(), d.size(), 3, 0, 1e-4f);
   test::fill_normal_f32(w.data(), w.size(), 4, 0, 0.011f);
   dk.fill_bytes(0);
   IndexerBackwardParams p;
@@ -72,6 +72,8 @@ void run_sparse(const Options& options, Report& report, int64_t keys, test::List
   p.q = q.data(), p.q_stride = kHeads * 128, p.key = key.data(), p.k_stride = 128, p.w = w.data(), p.w_stride = kHeads;
   p.indices = indices_d.data(), p.indices_stride = k, p.lengths = lengths_d.data(), p.p_sel = p_sel.data(), p.p_stride = k;
   p.kl = kl.data(), p.dq = dq.data(), p.dw = dw.data(), p.dk_sum = dk_sum.data();
+  const DeviceArray<char> workspace(static_cast<int64_t>(indexer_kl_sparse_workspace_bytes()));
+  p.workspace = workspace.data(), p.workspace_bytes = workspace.size();
   dk_sum.fill_bytes(0);
   launch_indexer_kl_sparse_sm90(p);
   launch_indexer_kl_sparse_finish_sm90(dk_sum.data(), keys, dk.data(), true, amax.data(), nullptr);

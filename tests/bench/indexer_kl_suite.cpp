@@ -17,7 +17,7 @@ namespace {
 using test::DeviceArray;
 
 constexpr int kHeads = 128;
-constexpr int64_t kBlockRows = 2816;  // of 131,072 keys: less than 3 GB
+constexpr int64_t kBlockRows = 4096;  // of 131,072 keys: less than 3 GB
 
 struct Attention {
   std::vector<int32_t> ends;
@@ -70,8 +70,7 @@ void bench_target(int64_t rows, int64_t keys, const Options& options, Report& re
   const std::string name = "dense KL target and loss, " + std::to_string(rows) + " x " + std::to_string(keys);
   if (!wanted(options, name)) return;
   const Attention attention(rows, keys);
-  const DeviceArray<float> logits(rows * keys), values(4 * rows);
-  const DeviceArray<uint16_t> dI(rows * keys);
+  const DeviceArray<float> logits(rows * keys), values(4 * rows), dI(rows * keys);
   test::fill_normal_f32(logits.data(), logits.size(), 3);
   DenseKlRows r;
   r.all_heads = kHeads;

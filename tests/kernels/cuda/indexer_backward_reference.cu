@@ -29,14 +29,14 @@ struct Inputs {
 };
 
 struct Dense {
-  const __nv_bfloat16* d;
+  const float* d;
   int64_t stride, keys;
   const int32_t *start, *end;
 
   __device__ int64_t first(int64_t t) const { return start ? max(start[t], 0) : 0; }
   __device__ int64_t last(int64_t t) const { return end ? min(int64_t{end[t]}, keys) : keys; }
   __device__ int64_t key(int64_t, int64_t i) const { return i; }
-  __device__ double gradient(int64_t t, int64_t i) const { return __bfloat162float(d[t * stride + i]); }
+  __device__ double gradient(int64_t t, int64_t i) const { return d[t * stride + i]; }
 };
 
 struct Selected {
@@ -169,7 +169,7 @@ void finish(const char* what) {
 
 void reference_indexer_backward(const IndexerBackwardParams& p, const ReferenceGradients& out) {
   const Inputs in = inputs_of(p, p.k);
-  const Dense g{static_cast<const __nv_bfloat16*>(p.d_logits), p.d_logits_stride, p.keys, p.start, p.end};
+  const Dense g{p.d_logits, p.d_logits_stride, p.keys, p.start, p.end};
   query_gradients<false><<<static_cast<int>(p.queries * p.heads), kDim>>>(in, g, out);
   key_gradients<<<static_cast<int>(p.keys), kDim>>>(in, g, out.dk);
   finish("run the reference gradients");

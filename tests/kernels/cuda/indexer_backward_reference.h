@@ -13,7 +13,7 @@ struct ReferenceGradients {
   double *dq, *dw, *dk;
 };
 
-/// From dI in p.d_logits, as bf16.
+/// From dI in p.d_logits.
 void reference_indexer_backward(const IndexerBackwardParams& p, const ReferenceGradients& out);
 
 /// Also kl, entropy of the target, entropy of the prediction, [T][3]; dI [T,K] is computed in fp64 and kept in d.

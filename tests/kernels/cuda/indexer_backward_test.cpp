@@ -14,33 +14,32 @@
 namespace dsa::test {
 namespace {
 
-constexpr uint16_t kPoison = 0x7FC0;  // a bf16 NaN
 
 struct Problem {
   int64_t queries, keys;
   int heads;
   std::vector<int32_t> start, end;
   int64_t q_stride, d_stride;
-  DeviceArray<uint16_t> q, k, d;
-  DeviceArray<float> w;
+  DeviceArray<uint16_t> q, k;
+  DeviceArray<float> d, w;
   DeviceArray<int32_t> start_d, end_d;
 
   // Causal: the last query sees all keys.
   Problem(int64_t t, int64_t s, int h, uint32_t seed, std::vector<int32_t> starts = {}, std::vector<int32_t> ends = {})
       : queries(t), keys(s), heads(h), start(std::move(starts)), end(std::move(ends)), q_stride(h * 128 + 8),
-        d_stride((s + 7) / 8 * 8 + 16), q(t * q_stride), k(s * 136), d(t * d_stride), w(t * (h + 1)), start_d(t), end_d(t) {
+        d_stride((s + 3) / 4 * 4 + 12), q(t * q_stride), k(s * 136), d(t * d_stride), w(t * (h + 1)), start_d(t), end_d(t) {
     if (start.empty()) start.assign(t, 0);
     if (end.empty())
       for (int64_t i = 0; i < t; ++i) end.push_back(static_cast<int32_t>(s - t + i + 1));
     fill_normal_bf16(q.data(), q.size(), seed, 1);
     fill_normal_bf16(k.data(), k.size(), seed + 1, 1);
     fill_normal_f32(w.data(), w.size(), seed + 2, 0, 0.011f);
-    fill_normal_bf16(d.data(), d.size(), seed + 3, 1e-3f);
-    std::vector<uint16_t> rows = d.host();  // what lies outside a row's range is poison
+    fill_normal_f32(d.data(), d.size(), seed + 3, 0, 1e-3f);
+    std::vector<float> rows = d.host();  // what lies outside a row's range is poison
     for (int64_t i = 0; i < t; ++i)
       for (int64_t c = 0; c < d_stride; ++c)
-        if (c < start[i] || c >= end[i]) rows[i * d_stride + c] = kPoison;
-    cuda::check(cudaMemcpy(d.data(), rows.data(), rows.size() * 2, cudaMemcpyHostToDevice), "copy to the device");
+        if (c < start[i] || c >= end[i]) rows[i * d_stride + c] = NAN;
+    cuda::check(cudaMemcpy(d.data(), rows.data(), rows.size() * 4, cudaMemcpyHostToDevice), "copy to the device");
     cuda::check(cudaMemcpy(start_d.data(), start.data(), t * 4, cudaMemcpyHostToDevice), "copy to the device");
     cuda::check(cudaMemcpy(end_d.data(), end.data(), t * 4, cudaMemcpyHostToDevice), "copy to the device");
   }
@@ -93,9 +92,9 @@ class IndexerBackward : public testing::Test {
     const double dq_error = relative_error(got.dq.data(), dq.data(), rows * 128), dw_error = relative_error(got.dw.data(), dw.data(), rows),
                  dk_error = relative_error(got.dk.data(), dk.data(), keys * 128);
     std::printf("%-44s dq %.1e dw %.1e dk %.1e\n", what, dq_error, dw_error, dk_error);
-    EXPECT_LT(dq_error, 5e-4) << what;  // products of bf16 are exact; fp32 and fp64 sums next to 0 may differ in sign
-    EXPECT_LT(dw_error, 5e-4) << what;
-    EXPECT_LT(dk_error, 2e-3) << what;  // m w is rounded to bf16
+    EXPECT_LT(dq_error, 2e-3) << what;  // m and m w are rounded to bf16
+    EXPECT_LT(dw_error, 2e-3) << what;
+    EXPECT_LT(dk_error, 2e-3) << what;
     const auto end_dq = got.dq.host(), end_dw = got.dw.host(), first_dk = got.dk.host();
     for (int i = 0; i < 64; ++i) {
       EXPECT_TRUE(std::isnan(end_dq[rows * 128 + i])) << what << ": written past the end";
@@ -103,7 +102,7 @@ class IndexerBackward : public testing::Test {
       EXPECT_EQ(first_dk[keys * 128 + i], 0) << what << ": written past the end";
     }
     got.run(p, true);  // dk grows by the same again
-    EXPECT_LT(relative_error_bf16(got.dq_bf16.data(), dq.data(), rows * 128), 2e-3) << what;
+    EXPECT_LT(relative_error_bf16(got.dq_bf16.data(), dq.data(), rows * 128), 3e-3) << what;
     const auto second_dk = got.dk.host();
     for (int64_t i = 0; i < keys * 128; ++i) ASSERT_EQ(second_dk[i], 2 * first_dk[i]) << what << " at " << i;
   }
@@ -113,7 +112,7 @@ TEST_F(IndexerBackward, MatchesPlainLoops) {
   for (const int64_t n : {1, 2, 127, 128, 129}) check(Problem(n, n, 64, n), ("causal, length " + std::to_string(n)).c_str());
   check(Problem(37, 300, 8, 1000), "8 heads");
   check(Problem(50, 700, 24, 1001), "24 heads");
-  check(Problem(1, 4000, 1, 1002), "one head, one query");
+  check(Problem(40, 4000, 1, 1002), "one head");
   check(Problem(4097, 4097, 16, 1003), "causal, length 4097, 16 heads");
   check(Problem(1030, 4097, 64, 1004), "tail of 4097, 64 heads");
   check(Problem(7, 32769, 64, 1005), "tail of 32769");

@@ -1,6 +1,6 @@
-// The dense indexer loss on Hopper against fp64 plain loops: every dI within half a bf16 step of the exact one (2^-8 at
-// most, 2.3e-3 relative L2; a few great entries make most of a norm), row losses, entropies and recall within 1e-3 relative
-// + 1e-5 and within 1e-5 on the whole; every sequence longer than the selection.
+// The dense indexer loss on Hopper against fp64 plain loops: every dI within 1e-4 relative + 4e-6 of the exact one and
+// 1e-4 relative L2, row losses, entropies and recall within 1e-3 relative + 1e-5 and within 1e-5 on the whole; every sequence
+// longer than the selection.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -29,16 +29,9 @@ struct Shape {
   int64_t checked_rows = 48;
 };
 
-float from_bf16(uint16_t bits) {
-  const uint32_t wide = uint32_t{bits} << 16;
-  float x;
-  std::memcpy(&x, &wide, 4);
-  return x;
-}
-
 struct Outputs {
   std::vector<float> kl, entropy_target, entropy_prediction, recall;
-  std::vector<uint16_t> dI;
+  std::vector<float> dI;
 };
 
 struct Problem {
@@ -152,7 +145,7 @@ struct Problem {
     const AttentionMassParams p = params();
     const int64_t T = shape.queries;
     const DeviceArray<float> kl(T), target(T), prediction(T), recall(T), mass(two_phases ? T * logits_stride : 0);
-    const DeviceArray<uint16_t> dI(T * dI_stride);
+    const DeviceArray<float> dI(T * dI_stride);
     kl.fill_bytes(0xFF), target.fill_bytes(0xFF), prediction.fill_bytes(0xFF), recall.fill_bytes(0xFF), dI.fill_bytes(0xFF);
     workspace.fill_bytes(0xFF);
     mass.fill_bytes(0xFF);
@@ -211,19 +204,19 @@ class IndexerKl : public testing::Test {
         if (end - begin <= 1) {
           EXPECT_EQ(got.kl[t], 0.f);
           if (end > begin) {
-            EXPECT_EQ(got.dI[t * problem.dI_stride + begin] & 0x7FFF, 0);
+            EXPECT_EQ(got.dI[t * problem.dI_stride + begin], 0);
           }
         }
         for (int64_t s = begin; s < end; ++s) {
-          const double x = from_bf16(got.dI[t * problem.dI_stride + s]), y = want.dI[s];
+          const double x = got.dI[t * problem.dI_stride + s], y = want.dI[s];
           error += (x - y) * (x - y), norm += y * y;
-          if (!(std::abs(x - y) <= std::abs(y) / 256 * 1.01 + 4e-6))
+          if (!(std::abs(x - y) <= std::abs(y) * 1e-4 + 4e-6))
             ADD_FAILURE() << "dI of row " << t << " key " << s << ": " << x << " instead of " << y;
         }
         for (int64_t s = shape.keys + shape.keys % 2; s < problem.dI_stride; ++s)
-          ASSERT_EQ(got.dI[t * problem.dI_stride + s], 0xFFFF) << "row " << t << " was written beyond the keys";
+          ASSERT_TRUE(std::isnan(got.dI[t * problem.dI_stride + s])) << "row " << t << " was written beyond the keys";
       }
-      EXPECT_TRUE(std::sqrt(error) <= 2.3e-3 * std::sqrt(norm)) << std::sqrt(error / norm);
+      EXPECT_TRUE(std::sqrt(error) <= 1e-4 * std::sqrt(norm)) << std::sqrt(error / norm);
       EXPECT_LE(worst, 1e-5);
       std::printf("%ld x %ld, %d heads, %s: dI %.2e, row values %.2e\n", static_cast<long>(shape.queries), static_cast<long>(shape.keys),
                   shape.heads, two_phases ? "two phases" : "one pass", norm > 0 ? std::sqrt(error / norm) : 0., worst);
@@ -260,7 +253,7 @@ TEST_F(IndexerKl, SameBitsEveryTime) {
       const Outputs again = problem.run(two_phases);
       ASSERT_EQ(std::memcmp(first.kl.data(), again.kl.data(), 4 * first.kl.size()), 0);
       ASSERT_EQ(std::memcmp(first.recall.data(), again.recall.data(), 4 * first.recall.size()), 0);
-      ASSERT_EQ(first.dI, again.dI);
+      ASSERT_EQ(std::memcmp(first.dI.data(), again.dI.data(), 4 * first.dI.size()), 0);
     }
   }
 }
