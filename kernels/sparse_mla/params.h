@@ -62,6 +62,10 @@ struct SparseMlaBackwardParams : SparseMlaParams {
   /// Every contribution to dkv_sum is rounded to a multiple of this power of two, which makes the sums independent of
   /// their order as long as no sum passes 2^23 quanta. 0: no rounding; the bits then depend on the order.
   float quantum = 0;
+  /// Of how many keys the sums (2304 bytes each) stay in the L2 cache. Where the lists of a call's last 1024 queries name
+  /// more, contributions (of a list to a key, over all heads) are also rounded to bf16, written to the workspace and summed by
+  /// key, instead of being added to memory one by one.
+  int cached_keys = 16384;
 
   void* workspace = nullptr;      ///< 16-byte aligned; at least sparse_mla_workspace_bytes(p, 1), best for 512 rows and more
   size_t workspace_bytes = 0;
@@ -76,8 +80,9 @@ void launch_sparse_mla_forward_sm90(const SparseMlaForwardParams& p);
 /// delta[t,h] = sum_c o[t,h,c] do[t,h,c], fp32, [T,H] contiguous; o contiguous.
 void launch_sparse_mla_delta_sm90(const SparseMlaBackwardParams& p, const void* o, float* delta);
 
-/// Bytes of workspace for `rows` query rows at a time, twice: one half is summed while the other is filled.
-size_t sparse_mla_workspace_bytes(const SparseMlaParams& p, int64_t rows);
+/// Bytes of workspace for `rows` query rows at a time (at most 1024 lists of 64 or more heads): P and dS twice, one half is
+/// read while the other is filled, and with more than cached_keys keys the contributions.
+size_t sparse_mla_workspace_bytes(const SparseMlaBackwardParams& p, int64_t rows);
 
 /// Enqueues the backward kernels: dq, p_sel, and the sums added to dkv_sum. Throws like the forward launch.
 /// dq and p_sel have the same bits on every run, dkv_sum too unless the quantum is 0 or too small.

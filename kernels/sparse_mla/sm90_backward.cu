@@ -8,6 +8,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/quantum_sums.cuh"
@@ -44,10 +45,50 @@ __global__ void row_products(const __nv_bfloat16* o, const __nv_bfloat16* d_o, i
 // Queries of a CTA.
 int group_of(const SparseMlaParams& p) { return kHeadBlock >> row_shift(p.heads); }
 
-// Bytes of workspace for a query: its share of P and dS, and of the union of lists with its length.
-int64_t row_bytes(const SparseMlaParams& p) {
-  const int64_t group = group_of(p), weights = p.k / kTile * ((p.heads + kHeadBlock - 1) / kHeadBlock) * kWeightBytes;
-  return weights + (group > 1 ? p.k * (sizeof(int32_t) + group * sizeof(uint16_t)) + 16 : 0);
+// Whether contributions may go by way of the workspace.
+bool may_go_by_key(const SparseMlaBackwardParams& p) { return p.keys > p.cached_keys; }
+
+// How a workspace for `lists` CTAs' worth of queries at a time is divided.
+struct Workspace {
+  struct Half {
+    char* weights;
+    Union lists;
+  } half[2];
+  __nv_bfloat16* contributions = nullptr;
+  Mentions mentions;
+  int64_t bytes = 0;
+
+  Workspace(const SparseMlaBackwardParams& p, int64_t lists, void* base) {
+    const int64_t group = group_of(p), entries = lists * group * p.k, words = (p.keys + 31) / 32;
+    const auto take = [&](auto*& pointer, int64_t size) {
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(reinterpret_cast<uintptr_t>(base) + bytes);
+      bytes += (size + 255) / 256 * 256;
+    };
+    for (Half& h : half) {
+      take(h.weights, entries / kTile * ((p.heads + kHeadBlock - 1) / kHeadBlock) * kWeightBytes);
+      h.lists.group = static_cast<int>(group);
+      if (group == 1) continue;
+      take(h.lists.keys, entries * 4);
+      take(h.lists.places, entries * group * 2);
+      take(h.lists.lengths, lists * 4);
+    }
+    if (!may_go_by_key(p)) return;
+    take(contributions, entries * kDim * 2);
+    mentions.stride = static_cast<int>(lists);
+    take(mentions.bits, words * lists * 4);
+    take(mentions.places, words * lists * 2);
+    take(mentions.searched, lists);
+    take(mentions.marks, words * 4);
+    take(mentions.named, 4);
+  }
+};
+
+// The most lists at a time that the workspace has room for.
+int64_t most_lists(const SparseMlaBackwardParams& p) {
+  int64_t fit = 0;
+  for (int64_t step = kMostLists; step > 0; step /= 2)
+    if (fit + step <= kMostLists && Workspace(p, fit + step, nullptr).bytes <= static_cast<int64_t>(p.workspace_bytes)) fit += step;
+  return fit;
 }
 
 // Multiprocessors, of 132, for the kernel of the keys while both run; measured. Its work depends less on the heads.
@@ -56,15 +97,15 @@ constexpr int kKeyShare = 52, kKeyShareOfOneBlock = 64;
 // A stream beside the caller's and the events between them, for the time of one launch.
 struct SideStream {
   cudaStream_t stream = nullptr;
-  cudaEvent_t ready[2] = {}, used[2] = {}, end = nullptr;  // of the two halves of the workspace
+  cudaEvent_t listed = nullptr, ready = nullptr, used[2] = {}, end = nullptr;  // used: the halves of the workspace
 
   SideStream() {
     cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "create a stream");
-    for (cudaEvent_t* e : {&ready[0], &ready[1], &used[0], &used[1], &end})
+    for (cudaEvent_t* e : {&listed, &ready, &used[0], &used[1], &end})
       cuda::check(cudaEventCreateWithFlags(e, cudaEventDisableTiming), "create an event");
   }
   ~SideStream() {  // CUDA frees them once the enqueued work is done
-    for (cudaEvent_t e : {ready[0], ready[1], used[0], used[1], end}) cudaEventDestroy(e);
+    for (cudaEvent_t e : {listed, ready, used[0], used[1], end}) cudaEventDestroy(e);
     cudaStreamDestroy(stream);
   }
 };
@@ -75,9 +116,9 @@ void wait(cudaStream_t stream, cudaEvent_t event) { cuda::check(cudaStreamWaitEv
 }  // namespace
 }  // namespace sparse_mla_sm90
 
-size_t sparse_mla_workspace_bytes(const SparseMlaParams& p, int64_t rows) {
+size_t sparse_mla_workspace_bytes(const SparseMlaBackwardParams& p, int64_t rows) {
   const int64_t group = sparse_mla_sm90::group_of(p);
-  return static_cast<size_t>(2 * ((rows + group - 1) / group * group) * sparse_mla_sm90::row_bytes(p));
+  return static_cast<size_t>(sparse_mla_sm90::Workspace(p, (rows + group - 1) / group, nullptr).bytes);
 }
 
 float sparse_mla_quantum(float amax) { return amax > 0 ? std::ldexp(1.f, static_cast<int>(std::ceil(std::log2(4 * amax))) - 23) : 0; }
@@ -105,7 +146,7 @@ void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p) {
   if (p.quantum != 0 && std::frexp(p.quantum, &exponent) != 0.5f)
     throw std::runtime_error("cannot run sparse_mla backward (the quantum is no power of two) take it from sparse_mla_quantum");
   if (p.queries == 0) return;
-  const int64_t group = group_of(p), bytes = row_bytes(p), rows = static_cast<int64_t>(p.workspace_bytes) / 2 / (bytes * group) * group;
+  const int64_t group = group_of(p), lists = most_lists(p), rows = lists * group;
   if (rows < 1)
     throw std::runtime_error("cannot run sparse_mla backward (the workspace of " + std::to_string(p.workspace_bytes) +
                              " bytes is too small) give at least sparse_mla_workspace_bytes(p, 1)");
@@ -120,23 +161,25 @@ void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p) {
   const CUtensorMap key_q = map(p.q, p.q_stride, 576, 64), key_g = map(p.d_o, p.d_o_stride, 512, 64);
   cuda::check(cudaMemsetAsync(p.p_sel, 0, sizeof(float) * p.queries * p.k, p.stream), "clear p_sel");
   const SideStream side;
+  const Workspace workspace(p, lists, p.workspace);
+  if (may_go_by_key(p)) launch_count_named(p, workspace.mentions);
   const int all = cuda::multiprocessors(), for_keys = all * (p.heads > kHeadBlock ? kKeyShare : kKeyShareOfOneBlock) / 132;
   const int64_t chunks = (p.queries + rows - 1) / rows;
   for (int64_t i = 0; i < chunks; ++i) {
-    char* const half = static_cast<char*>(p.workspace) + i % 2 * rows * bytes;
-    Chunk chunk{i * rows, std::min(rows, p.queries - i * rows), half, i == 0 ? all : all - for_keys, {}};
-    if (group > 1) {
-      char* const lists = half + rows * (p.k / kTile) * kWeightBytes;
-      chunk.lists = {static_cast<int>(group), reinterpret_cast<int32_t*>(lists), reinterpret_cast<uint16_t*>(lists + rows * p.k * 4),
-                     reinterpret_cast<int32_t*>(lists + rows * p.k * (4 + 2 * group))};
-    }
+    const Workspace::Half& half = workspace.half[i % 2];
+    Chunk chunk{i * rows, std::min(rows, p.queries - i * rows), half.weights, i == 0 ? all : all - for_keys, half.lists,
+                workspace.contributions, workspace.mentions};
     if (i >= 2) wait(p.stream, side.used[i % 2]);
-    if (group > 1) launch_unite(p, chunk.first_row, chunk.rows, chunk.lists);
+    if (group > 1) launch_unite(p, chunk);
+    record(side.listed, p.stream);
+    wait(side.stream, side.listed);
+    if (may_go_by_key(p)) launch_mentions(p, chunk, side.stream);
     launch_queries(p, query_q, query_g, chunk, p.stream);
-    record(side.ready[i % 2], p.stream);
-    wait(side.stream, side.ready[i % 2]);
+    record(side.ready, p.stream);
+    wait(side.stream, side.ready);
     chunk.multiprocessors = i + 1 == chunks ? all : for_keys;
     launch_keys(p, key_q, key_g, chunk, side.stream);
+    if (may_go_by_key(p)) launch_sums(p, chunk, side.stream);
     record(side.used[i % 2], side.stream);
   }
   record(side.end, side.stream);

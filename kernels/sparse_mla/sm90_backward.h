@@ -25,15 +25,34 @@ constexpr int kNowhere = 0xFFFF;
 /// Rows of a CTA that a query takes, as a power of two.
 inline int row_shift(int heads) { return heads > 32 ? 6 : heads > 16 ? 5 : heads > 8 ? 4 : 3; }
 
+/// Which lists of a chunk name a key, see sm90_backward_sums.cu.
+struct Mentions {
+  int stride = 0;               ///< lists, at most kMostLists
+  uint32_t* bits = nullptr;     ///< [keys / 32][stride], one bit a key that counts; launch_sums leaves zeros behind
+  uint16_t* places = nullptr;   ///< [keys / 32][stride], of the first of these keys in the list
+  uint8_t* searched = nullptr;  ///< [stride], lists in which the places do not follow one another
+  uint32_t* marks = nullptr;    ///< [keys / 32], one bit a key that counts for any of the last 1024 queries
+  int32_t* named = nullptr;     ///< [1], how many these are
+};
+constexpr int kMostLists = 1024;  // of a chunk
+
 struct Chunk {
-  int64_t first_row, rows;
-  char* weights;  // [groups][list entries / 64][head blocks][kWeightBytes]
-  int multiprocessors;
+  int64_t first_row = 0, rows = 0;
+  char* weights = nullptr;  // [groups][list entries / 64][head blocks][kWeightBytes]
+  int multiprocessors = 0;
   Union lists;
+  void* contributions = nullptr;  ///< bf16 [groups][list entries][576]; null: there are at most cached_keys keys
+  Mentions mentions;
 };
 
-/// Writes the union of chunk.lists.group queries' lists.
-void launch_unite(const SparseMlaBackwardParams& p, int64_t first_row, int64_t rows, const Union& out);
+/// Writes marks and named and clears bits, on the caller's stream.
+void launch_count_named(const SparseMlaBackwardParams& p, const Mentions& out);
+/// Writes bits, places and searched if more than cached_keys keys are named.
+void launch_mentions(const SparseMlaBackwardParams& p, const Chunk& chunk, CUstream_st* stream);
+/// Adds chunk.contributions to dkv_sum then; otherwise launch_keys has done it.
+void launch_sums(const SparseMlaBackwardParams& p, const Chunk& chunk, CUstream_st* stream);
+/// Writes the union of chunk.lists.group queries' lists, on the caller's stream.
+void launch_unite(const SparseMlaBackwardParams& p, const Chunk& chunk);
 /// The maps' boxes span 32 rows of a CTA for the queries, 64 for the keys, 64 columns each.
 void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk,
                     CUstream_st* stream);

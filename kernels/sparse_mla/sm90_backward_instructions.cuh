@@ -11,6 +11,11 @@ __device__ __forceinline__ void add_f32x4(float* to, float4 x) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 }
 
+/// Adds 8 bytes.
+__device__ __forceinline__ void add_f32x2(float* to, float2 x) {
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x.x), "f"(x.y) : "memory");
+}
+
 /// Four 8 x 8 matrices of 16-bit elements, each transposed; rows at the addresses given by lanes 0-7, 8-15, 16-23, 24-31.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

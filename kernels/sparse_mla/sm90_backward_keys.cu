@@ -5,7 +5,8 @@
 // every tile of P and dS into 64 keys x 288 columns, summed over all heads before they leave the SM. Either warpgroup owns
 // 144 of the columns; while the tensor cores work on a tile, it adds the one before to global memory.
 // Every contribution is rounded to a multiple of a power of two, after which fp32 additions are exact and their order has
-// no effect.
+// no effect. Where the sums of the keys that the lists name do not stay in the caches, contributions go to the workspace
+// instead, rounded to bf16, and sm90_backward_sums.cu adds them.
 // Column 16B + 8b + 2q + e of a key lies at 16B + 4q + 2b + e of dkv_sum: a thread's accumulators are then four in a row.
 #include "kernels/cuda/check.h"
 #include "kernels/sparse_mla/sm90_backward.h"
@@ -34,6 +35,9 @@ struct Arguments {
   const char* weights;
   float* dkv;
   float magic;  // 1.5 * 2^23 quanta: adding it rounds to a quantum
+  __nv_bfloat16* contributions;  // [groups][lists.k][576]
+  const int32_t* named;          // keys that the lists name; of more than cached_keys, the contributions go there
+  int cached_keys;
 };
 
 template <int kBlocks>
@@ -128,15 +132,33 @@ struct Contributions {
       if (key >= 0) cuda::add_f32x4(to_rope, v[16 + h]);
     }
   }
+
+  // Writes them to the workspace as bf16, of every 128 columns 32j + 8q + i of a lane. A multiple of the quantum stays one.
+  __device__ __forceinline__ void store_to(const Arguments& a, const TileEntries& entries, int64_t first_entry, int column, int rope) const {
+    const int q = threadIdx.x % 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (a.lists.counting(entries.own[h], entries.before[h]) < 0) continue;
+      __nv_bfloat16* const row = a.contributions + (first_entry + 8 * h) * kDim;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float4 x = v[8 * h + 2 * j], y = v[8 * h + 2 * j + 1];
+        __stcs(reinterpret_cast<uint4*>(row + column + 32 * j + 8 * q), make_uint4(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w)));
+      }
+      const float4 r = v[16 + h];
+      __stcs(reinterpret_cast<uint2*>(row + rope + 4 * q), make_uint2(pack(r.x, r.y), pack(r.z, r.w)));
+    }
+  }
 };
 
-template <int kBlocks>
+template <int kBlocks, bool kMayBeByKey>
 __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
   using S = Shared<kBlocks>;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
   const int key_row = threadIdx.x / 32 % 4 * 16 + lane / 4;
   const char* const q = s.q + group * 3 * S::kHeadPanel;
   const char* const g = s.g + group * 2 * S::kHeadPanel;
+  const bool by_key = kMayBeByKey && __ldg(a.named) > a.cached_keys;
   uint32_t done = 0, item_parity = 0;
   Contributions out;  // of the tile before
 #pragma unroll
@@ -147,6 +169,11 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
     if (tiles == 0) continue;
     const int32_t* row = a.lists.indices + list * a.lists.stride;
     const int column = half * 256 + group * 128, rope = kLatent + half * 32 + group * 16;
+    const int64_t first_entry = item / 2 * a.lists.k + key_row;
+    const auto send = [&](const TileEntries& of, int tile) {
+      if (by_key) out.store_to(a, of, first_entry + tile * kTile, column, rope);
+      else out.add_to(a, of, column, rope);
+    };
     cuda::mbarrier_wait(&s.q_full, item_parity);
     item_parity ^= 1;
     TileEntries entries;  // of the tile before: at first none that counts
@@ -165,7 +192,7 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
         cuda::wgmma_bf16_n128_of_144<false, true>(d, p, cuda::operand_across_k(g, S::kHeadPanel) + 128 * j);
       }
       cuda::wgmma_commit();
-      out.add_to(a, entries, column, rope);
+      send(entries, tile - 1);
       cuda::wgmma_wait<0>();
       cuda::wgmma_settle(d);
       arrive_once_a_warp(&s.free[done % 2]);
@@ -174,11 +201,11 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
       out.round(d, a.magic);
       entries = next;
     }
-    out.add_to(a, entries, column, rope);
+    send(entries, tiles - 1);
   }
 }
 
-template <int kBlocks>
+template <int kBlocks, bool kMayBeByKey>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_keys(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_g, const Arguments a) {
   extern __shared__ __align__(1024) char memory[];
@@ -200,17 +227,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 256) load_tiles<kBlocks>(&map_q, &map_g, a, s);
   } else {
     cuda::more_registers<224>();
-    sum_heads<kBlocks>(a, s);
+    sum_heads<kBlocks, kMayBeByKey>(a, s);
   }
 }
 
-template <int kBlocks>
+template <int kBlocks, bool kMayBeByKey>
 void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments& a, int multiprocessors, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<kBlocks>);
-  cuda::check(cudaFuncSetAttribute(backward_keys<kBlocks>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+  cuda::check(cudaFuncSetAttribute(backward_keys<kBlocks, kMayBeByKey>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
               "reserve shared memory for sparse_mla backward");
   const int64_t items = 2 * a.groups, most = multiprocessors;
-  backward_keys<kBlocks><<<static_cast<int>(items < most ? items : most), kThreads, kBytes, stream>>>(map_q, map_g, a);
+  backward_keys<kBlocks, kMayBeByKey><<<static_cast<int>(items < most ? items : most), kThreads, kBytes, stream>>>(map_q, map_g, a);
   cuda::check(cudaGetLastError(), "launch the key sums of sparse_mla backward");
 }
 
@@ -220,13 +247,15 @@ void launch_keys(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, con
                  cudaStream_t stream) {
   const int group = chunk.lists.group;
   Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)},
-              chunk.first_row, chunk.first_row, (chunk.rows + group - 1) / group, group, chunk.weights, p.dkv_sum, p.quantum * 0x1.8p23f};
+              chunk.first_row, chunk.first_row, (chunk.rows + group - 1) / group, group, chunk.weights, p.dkv_sum, p.quantum * 0x1.8p23f,
+              static_cast<__nv_bfloat16*>(chunk.contributions), chunk.mentions.named, p.cached_keys};
   if (group > 1) {
     a.lists = {chunk.lists.keys, int64_t{group} * p.k, chunk.lists.lengths, group * p.k, static_cast<int>(p.keys)};
     a.first_list = 0;
   }
-  if (p.heads <= kHeadBlock) launch<1>(map_q, map_g, a, chunk.multiprocessors, stream);
-  else launch<2>(map_q, map_g, a, chunk.multiprocessors, stream);
+  const auto run = p.heads <= kHeadBlock ? chunk.contributions ? launch<1, true> : launch<1, false>
+                                         : chunk.contributions ? launch<2, true> : launch<2, false>;
+  run(map_q, map_g, a, chunk.multiprocessors, stream);
 }
 
 }  // namespace dsa::sparse_mla_sm90

@@ -108,11 +108,12 @@ __global__ void __launch_bounds__(kThreads, 1) unite(const Arguments a) {
 
 }  // namespace
 
-void launch_unite(const SparseMlaBackwardParams& p, int64_t first_row, int64_t rows, const Union& out) {
+void launch_unite(const SparseMlaBackwardParams& p, const Chunk& chunk) {
+  const Union& out = chunk.lists;
   const int capacity = out.group * p.k, bytes = capacity * 6 + capacity / 32 * 8;
-  const Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)}, first_row, rows, out};
+  const Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)}, chunk.first_row, chunk.rows, out};
   cuda::check(cudaFuncSetAttribute(unite, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "reserve shared memory for sparse_mla backward");
-  unite<<<static_cast<int>((rows + out.group - 1) / out.group), kThreads, bytes, p.stream>>>(a);
+  unite<<<static_cast<int>((chunk.rows + out.group - 1) / out.group), kThreads, bytes, p.stream>>>(a);
   cuda::check(cudaGetLastError(), "launch the union of lists of sparse_mla backward");
 }
 

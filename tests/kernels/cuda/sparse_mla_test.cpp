@@ -144,7 +144,6 @@ TEST_F(SparseMla, ForwardLargeScoresAndRepeats) {
   }
 }
 
-
 struct Gradients {
   std::vector<uint16_t> dq;
   std::vector<float> p_sel, dkv_sum;
@@ -159,9 +158,9 @@ struct Backward {
   DeviceArray<float> lse, delta, p_sel, dkv_sum, amax;
   DeviceArray<char> workspace;
 
-  explicit Backward(Problem& problem, int64_t workspace_rows)
+  Backward(Problem& problem, int64_t workspace_rows, int cached_keys = 16384)
       : x(problem), o(rows() * 512), dq(rows() * 576), lse(rows()), delta(rows()), p_sel(x.queries * x.k), dkv_sum(x.keys * 576), amax(1),
-        workspace((x.fill(p), static_cast<int64_t>(sparse_mla_workspace_bytes(p, workspace_rows)))) {
+        workspace((x.fill(p), p.cached_keys = cached_keys, static_cast<int64_t>(sparse_mla_workspace_bytes(p, workspace_rows)))) {
     SparseMlaForwardParams f;
     static_cast<SparseMlaParams&>(f) = p;
     f.o = o.data(), f.lse = lse.data();
@@ -185,8 +184,8 @@ struct Backward {
   Gradients host() const { return {dq.host(), p_sel.host(), dkv_sum.host(), amax.host()[0]}; }
 };
 
-void check_backward(Problem& x, const char* what, int64_t workspace_rows = 64) {
-  Backward b(x, workspace_rows);
+void check_backward(Problem& x, const char* what, int64_t workspace_rows = 64, int cached_keys = 16384) {
+  Backward b(x, workspace_rows, cached_keys);
   const DeviceArray<uint16_t> dkv(x.keys * 576);
   b.run(0, dkv);
   const float quantum = sparse_mla_quantum(b.amax.host()[0]);
@@ -197,8 +196,8 @@ void check_backward(Problem& x, const char* what, int64_t workspace_rows = 64) {
   const DeviceArray<double> want_o(rows * 512), want_lse(rows), want_dq(rows * 576), want_dkv(x.keys * 576), want_p(x.queries * x.k);
   want_dkv.fill_bytes(0), want_p.fill_bytes(0);
   reference_sparse_mla(b.p, {want_o.data(), want_lse.data(), x.d_o.data(), want_dq.data(), want_dkv.data(), want_p.data()});
-  const double dq_error = relative_error_bf16(b.dq.data(), want_dq.data(), rows * 576), dkv_error = relative_error_bf16(dkv.data(), want_dkv.data(), x.keys * 576),
-               p_error = relative_error(b.p_sel.data(), want_p.data(), x.queries * x.k);
+  const double dq_error = relative_error_bf16(b.dq.data(), want_dq.data(), rows * 576);
+  const double dkv_error = relative_error_bf16(dkv.data(), want_dkv.data(), x.keys * 576), p_error = relative_error(b.p_sel.data(), want_p.data(), x.queries * x.k);
   const double dq_angle = cosine_distance_bf16(b.dq.data(), want_dq.data(), rows * 576), dkv_angle = cosine_distance_bf16(dkv.data(), want_dkv.data(), x.keys * 576);
   std::printf("%-44s dq %.2e (%.0e) dkv %.2e (%.0e) p_sel %.1e\n", what, dq_error, dq_angle, dkv_error, dkv_angle, p_error);
   EXPECT_LT(dq_error, 5e-3) << what;
@@ -227,6 +226,7 @@ TEST_F(SparseMla, BackwardMatchesPlainLoops) {
                         Case{300, 64, 8, 64, 100, "backward, 8 heads, first rows see few keys"}, Case{9, 5000, 100, 4096, 6, "backward, 100 heads, 4096 entries"}}) {
     Problem x(c.t, c.s < c.t ? c.t : c.s, c.h, c.k, 200 + c.h, Lists::SHARED);
     check_backward(x, c.what, c.rows);
+    check_backward(x, "the same by key", c.rows, /*cached_keys=*/0);
   }
 }
 
@@ -248,18 +248,19 @@ TEST_F(SparseMla, BackwardOfOddListsAndPoisonedNeighbours) {
     for (int64_t s = 0; s < x.keys; s += 3) for (int c = 0; c < 576; ++c) kv[s * 576 + c] = kPoison;
     cuda::check(cudaMemcpy(x.kv.data(), kv.data(), kv.size() * 2, cudaMemcpyHostToDevice), "copy to the device");
     check_backward(x, heads == 128 ? "backward, odd lists, poisoned neighbours" : "the same, 16 heads");
+    check_backward(x, "the same by key", 7, /*cached_keys=*/0);
   }
 }
 
-TEST_F(SparseMla, BackwardRepeatsBitForBit) {
+void check_repeats(int cached_keys, int repeats) {
   Problem x(300, 2000, 128, 512, 19);
   const DeviceArray<uint16_t> dkv(x.keys * 576);
-  Backward first(x, 128), other(x, 34);  // another number of rows at a time is another order of additions
+  Backward first(x, 128, cached_keys), other(x, 34, cached_keys);  // other rows at a time are another order of additions
   first.run(0, dkv);
   const float quantum = sparse_mla_quantum(first.amax.host()[0]);
   first.run(quantum, dkv);
   const Gradients want = first.host();
-  for (int i = 0; i < 1000; ++i) {
+  for (int i = 0; i < repeats; ++i) {
     Backward& b = i % 2 ? first : other;
     b.run(quantum, dkv);
     if (i > 20 && i % 10) {  // the sums alone
@@ -276,6 +277,9 @@ TEST_F(SparseMla, BackwardRepeatsBitForBit) {
   EXPECT_FALSE(sparse_mla_quantum_holds(first.amax.host()[0], quantum / 64));
   EXPECT_EQ(sparse_mla_quantum(first.amax.host()[0]), quantum);
 }
+
+TEST_F(SparseMla, BackwardRepeatsBitForBit) { check_repeats(16384, 1000); }
+TEST_F(SparseMla, BackwardByKeyRepeatsBitForBit) { check_repeats(/*cached_keys=*/0, 1000); }
 
 TEST_F(SparseMla, OffsetsBeyond32Bits) {  // T * H * 512 and T * H * 576 pass 2^31
   const int64_t rows = 34000, tail = 8;
