@@ -1,4 +1,4 @@
-// Asynchronous copies without a tensor map (PTX ISA, cp.async and cp.async.bulk), named barriers, matrix loads.
+// Asynchronous copies without a tensor map (PTX ISA, cp.async and cp.async.bulk), named barriers, matrix loads and stores.
 #pragma once
 
 #include <cstdint>
@@ -49,6 +49,10 @@ __device__ __forceinline__ void barrier_arrive() {
 __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t d0, uint32_t d1, uint32_t d2, uint32_t d3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(d0), "r"(d1), "r"(d2), "r"(d3)
+               : "memory");
 }
 
 }  // namespace dsa::cuda

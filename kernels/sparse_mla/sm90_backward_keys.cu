@@ -3,7 +3,8 @@
 //
 // A CTA takes half of the columns (256 latent, 32 rope) of a query, keeps q and do of all heads in shared memory and turns
 // every tile of P and dS into 64 keys x 288 columns, summed over all heads before they leave the SM. Either warpgroup owns
-// 144 of the columns; while the tensor cores work on a tile, it adds the one before to global memory.
+// 144 of the columns; while the tensor cores work on a tile, it adds the one before to global memory. The warpgroups take
+// turns at the tensor cores: if both multiplied at once, both would add at once, and neither would use what the other leaves.
 // Every contribution is rounded to a multiple of a power of two, after which fp32 additions are exact and their order has
 // no effect. Where the sums of the keys that the lists name do not stay in the caches, contributions go to the workspace
 // instead, rounded to bf16, and sm90_backward_sums.cu adds them.
@@ -25,7 +26,7 @@ struct Shared {
   alignas(1024) char q[6 * kHeadPanel];  // a warpgroup's 128 latent columns, its 16 rope columns (and 48 unused), the other's
   alignas(1024) char g[4 * kHeadPanel];
   alignas(1024) char weights[2][kStage];
-  uint64_t full[2], free[2], q_full, q_free;
+  uint64_t full[2], free[2], multiplied[2], q_full, q_free;
 };
 
 struct Arguments {
@@ -43,12 +44,22 @@ struct Arguments {
 template <int kBlocks>
 __device__ void load_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, const Arguments& a, Shared<kBlocks>& s) {
   using S = Shared<kBlocks>;
+  const uint64_t once = cuda::evict_first();
   uint32_t done = 0, item_parity = 0;
   for (int64_t item = blockIdx.x; item < 2 * a.groups; item += gridDim.x) {
     const int64_t index = item / 2;
     const int half = item % 2, tiles = tiles_of(a.lists.length(a.first_list + index));
     const int t = static_cast<int>(a.first_row + index * a.group);
     if (tiles == 0) continue;
+    const char* from = a.weights + index * (a.lists.k / kTile) * S::kStage;
+    const auto load_weights = [&] {
+      const int stage = done % 2;
+      cuda::mbarrier_wait(&s.free[stage], (done / 2 & 1) ^ 1);
+      cuda::mbarrier_arrive_expect(&s.full[stage], S::kStage);
+      cuda::bulk_load_once(s.weights[stage], from, S::kStage, &s.full[stage], once);
+      from += S::kStage, ++done;
+    };
+    load_weights();  // while q and do of the item before are still in use
     cuda::mbarrier_wait(&s.q_free, item_parity ^ 1);
     item_parity ^= 1;
     cuda::mbarrier_arrive_expect(&s.q_full, 10 * S::kHeadPanel);
@@ -56,16 +67,10 @@ __device__ void load_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, c
       for (int b = 0; b < kBlocks; ++b) {
         const int group = p / 3, i = p % 3, value = half * 256 + group * 128 + i * 64;
         const int column = i == 2 ? kLatent + half * 32 + group * 16 : value;
-        cuda::tma_load_3d(s.q + p * S::kHeadPanel + b * kPanelBytes, map_q, &s.q_full, column, b * kHeadBlock, t);
-        if (i < 2) cuda::tma_load_3d(s.g + (2 * group + i) * S::kHeadPanel + b * kPanelBytes, map_g, &s.q_full, value, b * kHeadBlock, t);
+        cuda::tma_load_3d_once(s.q + p * S::kHeadPanel + b * kPanelBytes, map_q, &s.q_full, column, b * kHeadBlock, t, once);
+        if (i < 2) cuda::tma_load_3d_once(s.g + (2 * group + i) * S::kHeadPanel + b * kPanelBytes, map_g, &s.q_full, value, b * kHeadBlock, t, once);
       }
-    const char* from = a.weights + index * (a.lists.k / kTile) * S::kStage;
-    for (int tile = 0; tile < tiles; ++tile, ++done) {
-      const int stage = done % 2;
-      cuda::mbarrier_wait(&s.free[stage], (done / 2 & 1) ^ 1);
-      cuda::mbarrier_arrive_expect(&s.full[stage], S::kStage);
-      cuda::bulk_load(s.weights[stage], from + int64_t{tile} * S::kStage, S::kStage, &s.full[stage]);
-    }
+    for (int tile = 1; tile < tiles; ++tile) load_weights();
   }
 }
 
@@ -182,6 +187,7 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
       next.load(row, tile * kTile + key_row, length);
       cuda::mbarrier_wait(&s.full[done % 2], done / 2 & 1);
       const char* const weights = s.weights[done % 2];
+      if (group == 1 || done > 0) cuda::mbarrier_wait(&s.multiplied[group ^ 1], (done - 1 + group) & 1);
       float d[72];
       cuda::wgmma_fence();
 #pragma unroll
@@ -192,6 +198,7 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
         cuda::wgmma_bf16_n128_of_144<false, true>(d, p, cuda::operand_across_k(g, S::kHeadPanel) + 128 * j);
       }
       cuda::wgmma_commit();
+      arrive_once_a_warp(&s.multiplied[group]);
       send(entries, tile - 1);
       cuda::wgmma_wait<0>();
       cuda::wgmma_settle(d);
@@ -216,6 +223,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < 2; ++i) {
       cuda::mbarrier_init(&s.full[i], 1);
       cuda::mbarrier_init(&s.free[i], 8);
+      cuda::mbarrier_init(&s.multiplied[i], 4);
     }
     cuda::mbarrier_init(&s.q_full, 1);
     cuda::mbarrier_init(&s.q_free, 8);

@@ -117,6 +117,7 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
   const int first_panel = group * 5;
+  const uint64_t once = cuda::evict_first();
   const uint32_t weights = cuda::shared_address(s.weights);
   // stmatrix: lane's row of the 8 x 8 pieces, heads 8(lane/8) of the warpgroup's 32; the row of keys + 8 lies 1024 further.
   const uint32_t piece_to = weights + (warp * 16 + lane % 8) * 128 + (((group * 4 + lane / 8) ^ (lane % 8)) << 4);
@@ -223,7 +224,7 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
       cuda::fence_async_proxy();
       cuda::barrier_sync<kWritten, 256>();
       if (group == 0 && thread == 0)
-        cuda::bulk_store(a.weights + ((index * (a.lists.k / kTile) + tile) * a.blocks + block) * kWeightBytes, s.weights, kWeightBytes);
+        cuda::bulk_store_once(a.weights + ((index * (a.lists.k / kTile) + tile) * a.blocks + block) * kWeightBytes, s.weights, kWeightBytes, once);
       uint32_t x[4][4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) cuda::load_matrices_transposed(x[j], piece_from + j * 2048);

@@ -81,12 +81,6 @@ __device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, uint32_t parity
   return done;
 }
 
-// Four 8 x 8 matrices of 16-bit elements, rows at the addresses given by lanes 0-7, 8-15, 16-23, 24-31.
-__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
-
 // The length of an item's list, -1 past the last item.
 __device__ __forceinline__ int length_of(const Arguments& a, int item) { return item < a.items ? a.lists.length(item / a.halves) : -1; }
 
@@ -162,7 +156,7 @@ __device__ void score_tiles(const CUtensorMap* map_q, const Arguments& a, Shared
         e[j] = exp2_fast(fmaf(d[8 * i + j], a.scale_log2, -maximum[j % 4 / 2]));
         by_row[j % 4 / 2] += e[j];
       }
-      store_matrices(to ^ (i << 5), pack(e[0], e[1]), pack(e[2], e[3]), pack(e[4], e[5]), pack(e[6], e[7]));
+      cuda::store_matrices(to ^ (i << 5), pack(e[0], e[1]), pack(e[2], e[3]), pack(e[4], e[5]), pack(e[6], e[7]));
     }
   };
   const auto soften = [&](bool first) {
@@ -365,7 +359,10 @@ __device__ void add_values(const Arguments& a, Shared& s) {
   for (int item = blockIdx.x; item < a.items; item += gridDim.x) {
     const int tiles = tiles_of(length);
     length = length_of(a, item + gridDim.x);
-    if (tiles > 0) tile_ring.advance();  // the queries' buffer
+    if (tiles > 0) {  // the queries' buffer
+      cuda::mbarrier_wait(&s.go[tile_ring.at], tile_ring.parity);
+      tile_ring.advance();
+    }
     float o[2][64];  // columns of the panels added first, and second
     float inverse[2] = {0, 0};
 #pragma unroll
