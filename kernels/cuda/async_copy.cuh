@@ -1,4 +1,5 @@
-// Asynchronous copies without a tensor map (PTX ISA, cp.async and cp.async.bulk), named barriers, matrix loads and stores.
+// Asynchronous copies without a tensor map (PTX ISA, cp.async and cp.async.bulk), named barriers, matrix loads and
+// stores.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@ namespace dsa::cuda {
 
 /// 16 bytes to shared memory, or 16 zero bytes (then `from` is not read).
 __device__ __forceinline__ void copy16_or_zero(uint32_t to, const void* from, bool read) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read ? 16 : 0)
+               : "memory");
 }
 
 /// Arrives once this thread's earlier cp.async have landed. Counts as one of the barrier's arrivals.
@@ -23,13 +25,10 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t b
                    shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
-__device__ __forceinline__ void bulk_store(void* to, const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
-               : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+/// Waits until the shared memory of this thread's bulk stores (cp.async.bulk to global memory) may be overwritten.
+__device__ __forceinline__ void bulk_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-/// Waits until the shared memory of this thread's bulk stores may be overwritten.
-__device__ __forceinline__ void bulk_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 /// Waits until this thread's bulk stores are complete.
 __device__ __forceinline__ void bulk_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
@@ -51,7 +50,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t address
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
 }
 __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t d0, uint32_t d1, uint32_t d2, uint32_t d3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(d0), "r"(d1), "r"(d2), "r"(d3)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(d0), "r"(d1),
+               "r"(d2), "r"(d3)
                : "memory");
 }
 

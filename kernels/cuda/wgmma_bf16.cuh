@@ -31,18 +31,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return reinterpret_cast<const uint32_t&>(two);
 }
 
-/// N = 32, A and B in shared memory; accumulate = 0 overwrites d.
-template <bool a_across, bool b_across>
-__device__ __forceinline__ void wgmma_bf16_n32(float (&d)[16], uint64_t a, uint64_t b, int accumulate = 1) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %18, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-      DSA_REGISTERS_16
-      "}, %16, %17, p, 1, 1, %19, %20;\n}"
-      : DSA_ACCUMULATORS_16("+f")
-      : "l"(a), "l"(b), "r"(accumulate), "n"(a_across), "n"(b_across));
-}
-
 /// N = 32, A in registers.
 template <bool b_across>
 __device__ __forceinline__ void wgmma_bf16_n32(float (&d)[16], const uint32_t (&a)[4], uint64_t b, int accumulate = 1) {
@@ -101,30 +89,6 @@ __device__ __forceinline__ void wgmma_bf16_n128(float (&d)[64], const uint32_t (
       "}, {%64, %65, %66, %67}, %68, p, %71, 1, %70;\n}"
       : DSA_ACCUMULATORS_64("+f")
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(b_across), "n"(a_sign));
-}
-
-/// N = 256, A and B in shared memory; accumulate = 0 overwrites d.
-template <bool a_across, bool b_across>
-__device__ __forceinline__ void wgmma_bf16_n256(float (&d)[128], uint64_t a, uint64_t b, int accumulate = 1) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-      DSA_REGISTERS_128
-      "}, %128, %129, p, 1, 1, %131, %132;\n}"
-      : DSA_ACCUMULATORS_128("+f")
-      : "l"(a), "l"(b), "r"(accumulate), "n"(a_across), "n"(b_across));
-}
-
-/// N = 256, A in registers.
-template <bool b_across>
-__device__ __forceinline__ void wgmma_bf16_n256(float (&d)[128], const uint32_t (&a)[4], uint64_t b, int accumulate = 1) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %133, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-      DSA_REGISTERS_128
-      "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n}"
-      : DSA_ACCUMULATORS_128("+f")
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(b_across));
 }
 
 }  // namespace dsa::cuda

@@ -5,15 +5,16 @@
 //   ds = scale * p * (do[t,h] . kv[idx[t,i], :512] - delta[t,h])      delta[t,h] = o[t,h] . do[t,h]
 //   dq[t,h] = sum_i ds kv[idx[t,i]]     dkv[idx[t,i]] += sum_h ds q[t,h] + [p do[t,h] ; 0]     p_sel[t,i] = mean_h p
 //
-// Letters: T query rows, S keys, H heads, K list entries, E = 576 = 512 latent + 64 rope. q, kv, o, do, dq are bf16, the
-// sums fp32. An entry i of a list counts when i < lengths[t], 0 <= idx < S and idx is greater than the entry before it:
-// a key twice in a list counts once, nothing out of range is read. Of lists whose counting entries do not ascend the backward
-// pass for 32 heads or fewer gives no particular numbers.
+// Letters: T query rows, S keys, H heads, K list entries, E = 576 = 512 latent + 64 rope. q, kv, o, do, dq are bf16,
+// the sums fp32. An entry i of a list counts when i < lengths[t], 0 <= idx < S and idx is greater than the entry before
+// it: a key twice in a list counts once, nothing out of range is read. Of lists whose counting entries do not ascend
+// the backward pass for 32 heads or fewer gives no particular numbers.
 //
 // The backward pass of one layer over several blocks of query rows (and any number of calls) sums into one dkv_sum:
-//   1. Clear dkv_sum [S,576]; choose a quantum, sparse_mla_quantum of the greatest magnitude of the step before, or 0 the first time.
-//   2. For every block: launch_sparse_mla_delta_sm90, launch_sparse_mla_backward_sm90, all with that quantum. dq and p_sel of
-//      the block are final. The blocks may come in any order and size.
+//   1. Clear dkv_sum [S,576]; choose a quantum, sparse_mla_quantum of the greatest magnitude of the step before, or 0
+//      the first time.
+//   2. For every block: launch_sparse_mla_delta_sm90, launch_sparse_mla_backward_sm90, all with that quantum. dq and
+//      p_sel of the block are final. The blocks may come in any order and size.
 //   3. launch_sparse_mla_finish_sm90 once: dkv, and the greatest magnitude of the sums.
 //   4. If sparse_mla_quantum_holds(amax, quantum) the sums have the same bits in every run. Otherwise redo 1 to 3 with
 //      sparse_mla_quantum(amax). (kernels/quantum.h makes the choice a function of the inputs alone.)
@@ -47,7 +48,8 @@ struct SparseMlaParams {
 struct SparseMlaForwardParams : SparseMlaParams {
   void* o = nullptr;              ///< [T,H,512] contiguous, 16-byte aligned; 0 for rows without a key
   float* lse = nullptr;           ///< [T,H] contiguous, natural logarithm; -inf for rows without a key
-  uint32_t* bad_entries = nullptr;  ///< one counter, grows by the entries before a row's length that do not count; null: none
+  /// One counter, grows by the entries before a row's length that do not count; null: none.
+  uint32_t* bad_entries = nullptr;
 };
 
 struct SparseMlaBackwardParams : SparseMlaParams {
@@ -58,16 +60,17 @@ struct SparseMlaBackwardParams : SparseMlaParams {
 
   void* dq = nullptr;             ///< [T,H,576] contiguous, bf16; 16-byte aligned
   float* p_sel = nullptr;         ///< [T,K] contiguous; 0 where an entry does not count
-  float* dkv_sum = nullptr;       ///< [S,576] fp32 that this call adds to, columns in an order of its own; 16-byte aligned
+  float* dkv_sum = nullptr;  ///< [S,576] fp32 that this call adds to, columns in an order of its own; 16-byte aligned
   /// Every contribution to dkv_sum is rounded to a multiple of this power of two, which makes the sums independent of
   /// their order as long as no sum passes 2^23 quanta. 0: no rounding; the bits then depend on the order.
   float quantum = 0;
-  /// Of how many keys the sums (2304 bytes each) stay in the L2 cache. Where the lists of a call's last 1024 queries name
-  /// more, contributions (of a list to a key, over all heads) are also rounded to bf16, written to the workspace and summed by
-  /// key, instead of being added to memory one by one.
+  /// Of how many keys the sums (2304 bytes each) stay in the L2 cache. Where the lists of a call's last 1024 queries
+  /// name more, contributions (of a list to a key, over all heads) are also rounded to bf16, written to the workspace
+  /// and summed by key, instead of being added to memory one by one.
   int cached_keys = 16384;
 
-  void* workspace = nullptr;      ///< 16-byte aligned; at least sparse_mla_workspace_bytes(p, 1), best for 512 rows and more
+  /// 16-byte aligned; at least sparse_mla_workspace_bytes(p, 1), best for 512 rows and more.
+  void* workspace = nullptr;
   size_t workspace_bytes = 0;
 };
 
@@ -80,8 +83,8 @@ void launch_sparse_mla_forward_sm90(const SparseMlaForwardParams& p);
 /// delta[t,h] = sum_c o[t,h,c] do[t,h,c], fp32, [T,H] contiguous; o contiguous.
 void launch_sparse_mla_delta_sm90(const SparseMlaBackwardParams& p, const void* o, float* delta);
 
-/// Bytes of workspace for `rows` query rows at a time (at most 1024 lists of 64 or more heads): P and dS twice, one half is
-/// read while the other is filled, and with more than cached_keys keys the contributions.
+/// Bytes of workspace for `rows` query rows at a time (at most 1024 lists of 64 or more heads): P and dS twice, one
+/// half is read while the other is filled, and with more than cached_keys keys the contributions.
 size_t sparse_mla_workspace_bytes(const SparseMlaBackwardParams& p, int64_t rows);
 
 /// Enqueues the backward kernels: dq, p_sel, and the sums added to dkv_sum. Throws like the forward launch.
@@ -91,7 +94,8 @@ void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p);
 /// Writes dkv [S,576] contiguous, bf16 or fp32, from finished sums, and the greatest magnitude in dkv_sum to amax (one
 /// fp32 on the device). The sums are repeatable if sparse_mla_quantum_holds(amax, quantum); otherwise redo the backward
 /// pass with sparse_mla_quantum(amax).
-void launch_sparse_mla_finish_sm90(const float* dkv_sum, int64_t keys, void* dkv, bool bf16, float* amax, CUstream_st* stream);
+void launch_sparse_mla_finish_sm90(const float* dkv_sum, int64_t keys, void* dkv, bool bf16, float* amax,
+                                   CUstream_st* stream);
 
 /// The quantum for sums of up to four times this magnitude; 0 for amax = 0.
 float sparse_mla_quantum(float amax);

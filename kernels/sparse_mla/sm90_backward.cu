@@ -1,7 +1,9 @@
-// Backward of sparse attention in latent form on Hopper: chunks of rows through the two kernels, delta, and the end of the sums.
+// Backward of sparse attention in latent form on Hopper: chunks of rows through the two kernels, delta, and the end of
+// the sums.
 //
-// The kernel of the queries waits for gathered keys and the tensor cores, the kernel of the keys for the caches that add up
-// its contributions: they run side by side, each on multiprocessors of its own, the second one chunk behind the first.
+// The kernel of the queries waits for gathered keys and the tensor cores, the kernel of the keys for the caches that
+// add up its contributions: they run side by side, each on multiprocessors of its own, the second one chunk behind the
+// first.
 #include <cuda_bf16.h>
 
 #include <algorithm>
@@ -21,7 +23,8 @@ namespace sparse_mla_sm90 {
 namespace {
 
 // One warp a (query, head): 16 columns a lane.
-__global__ void row_products(const __nv_bfloat16* o, const __nv_bfloat16* d_o, int64_t d_o_stride, int heads, int64_t rows, float* delta) {
+__global__ void row_products(const __nv_bfloat16* o, const __nv_bfloat16* d_o, int64_t d_o_stride, int heads,
+                             int64_t rows, float* delta) {
   const int64_t row = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   if (row >= rows) return;
@@ -87,7 +90,8 @@ struct Workspace {
 int64_t most_lists(const SparseMlaBackwardParams& p) {
   int64_t fit = 0;
   for (int64_t step = kMostLists; step > 0; step /= 2)
-    if (fit + step <= kMostLists && Workspace(p, fit + step, nullptr).bytes <= static_cast<int64_t>(p.workspace_bytes)) fit += step;
+    if (fit + step <= kMostLists && Workspace(p, fit + step, nullptr).bytes <= static_cast<int64_t>(p.workspace_bytes))
+      fit += step;
   return fit;
 }
 
@@ -111,7 +115,9 @@ struct SideStream {
 };
 
 void record(cudaEvent_t event, cudaStream_t stream) { cuda::check(cudaEventRecord(event, stream), "record an event"); }
-void wait(cudaStream_t stream, cudaEvent_t event) { cuda::check(cudaStreamWaitEvent(stream, event, 0), "wait for an event"); }
+void wait(cudaStream_t stream, cudaEvent_t event) {
+  cuda::check(cudaStreamWaitEvent(stream, event, 0), "wait for an event");
+}
 
 }  // namespace
 }  // namespace sparse_mla_sm90
@@ -121,18 +127,22 @@ size_t sparse_mla_workspace_bytes(const SparseMlaBackwardParams& p, int64_t rows
   return static_cast<size_t>(sparse_mla_sm90::Workspace(p, (rows + group - 1) / group, nullptr).bytes);
 }
 
-float sparse_mla_quantum(float amax) { return amax > 0 ? std::ldexp(1.f, static_cast<int>(std::ceil(std::log2(4 * amax))) - 23) : 0; }
+float sparse_mla_quantum(float amax) {
+  return amax > 0 ? std::ldexp(1.f, static_cast<int>(std::ceil(std::log2(4 * amax))) - 23) : 0;
+}
 bool sparse_mla_quantum_holds(float amax, float quantum) { return quantum > 0 && amax <= quantum * 0x1p23f; }
 
 void launch_sparse_mla_delta_sm90(const SparseMlaBackwardParams& p, const void* o, float* delta) {
   const int64_t rows = p.queries * p.heads;
   if (rows == 0) return;
   sparse_mla_sm90::row_products<<<static_cast<unsigned>((rows + 7) / 8), 256, 0, p.stream>>>(
-      static_cast<const __nv_bfloat16*>(o), static_cast<const __nv_bfloat16*>(p.d_o), p.d_o_stride, p.heads, rows, delta);
+      static_cast<const __nv_bfloat16*>(o), static_cast<const __nv_bfloat16*>(p.d_o), p.d_o_stride, p.heads, rows,
+      delta);
   cuda::check(cudaGetLastError(), "launch sparse_mla delta");
 }
 
-void launch_sparse_mla_finish_sm90(const float* dkv_sum, int64_t keys, void* dkv, bool bf16, float* amax, cudaStream_t stream) {
+void launch_sparse_mla_finish_sm90(const float* dkv_sum, int64_t keys, void* dkv, bool bf16, float* amax,
+                                   cudaStream_t stream) {
   cuda::launch_finish_quantum_sums(dkv_sum, keys * 576, dkv, bf16, amax, stream);
 }
 
@@ -141,10 +151,13 @@ void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p) {
   require_supported(p, "sparse_mla backward");
   if (p.d_o_stride % 8 || reinterpret_cast<uintptr_t>(p.d_o) % 16 || reinterpret_cast<uintptr_t>(p.dkv_sum) % 16 ||
       reinterpret_cast<uintptr_t>(p.dq) % 16 || reinterpret_cast<uintptr_t>(p.workspace) % 16)
-    throw std::runtime_error("cannot run sparse_mla backward for Hopper (d_o, dkv_sum, dq or the workspace is not 16-byte aligned) choose another implementation");
+    throw std::runtime_error(
+        "cannot run sparse_mla backward for Hopper (d_o, dkv_sum, dq or the workspace is not 16-byte aligned) choose "
+        "another implementation");
   int exponent;
   if (p.quantum != 0 && std::frexp(p.quantum, &exponent) != 0.5f)
-    throw std::runtime_error("cannot run sparse_mla backward (the quantum is no power of two) take it from sparse_mla_quantum");
+    throw std::runtime_error(
+        "cannot run sparse_mla backward (the quantum is no power of two) take it from sparse_mla_quantum");
   if (p.queries == 0) return;
   const int64_t group = group_of(p), lists = most_lists(p), rows = lists * group;
   if (rows < 1)
@@ -163,7 +176,8 @@ void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p) {
   const SideStream side;
   const Workspace workspace(p, lists, p.workspace);
   if (may_go_by_key(p)) launch_count_named(p, workspace.mentions);
-  const int all = cuda::multiprocessors(), for_keys = all * (p.heads > kHeadBlock ? kKeyShare : kKeyShareOfOneBlock) / 132;
+  const int all = cuda::multiprocessors(),
+            for_keys = all * (p.heads > kHeadBlock ? kKeyShare : kKeyShareOfOneBlock) / 132;
   const int64_t chunks = (p.queries + rows - 1) / rows;
   for (int64_t i = 0; i < chunks; ++i) {
     const Workspace::Half& half = workspace.half[i % 2];

@@ -1,5 +1,6 @@
-// The kernels of the backward pass and what passes between them: for every query row of a chunk (or group of rows with one
-// list), every tile of 64 list entries and every block of 64 heads, P and dS as 64 x 64 bf16 tiles (keys x heads), swizzled as shared memory holds them.
+// The kernels of the backward pass and what passes between them: for every query row of a chunk (or group of rows with
+// one list), every tile of 64 list entries and every block of 64 heads, P and dS as 64 x 64 bf16 tiles (keys x heads),
+// swizzled as shared memory holds them.
 #pragma once
 
 #include <cuda.h>
@@ -12,8 +13,8 @@ namespace dsa::sparse_mla_sm90 {
 
 constexpr int64_t kWeightBytes = 2 * 64 * 128;  // P, then dS
 
-/// The lists of CTAs that take several queries, see sm90_backward_lists.cu. A CTA takes 64 rows of (query, head): one query's
-/// 64 heads, or 2, 4 or 8 queries, each on 32, 16 or 8 rows.
+/// The lists of CTAs that take several queries, see sm90_backward_lists.cu. A CTA takes 64 rows of (query, head): one
+/// query's 64 heads, or 2, 4 or 8 queries, each on 32, 16 or 8 rows.
 struct Union {
   int group = 1;                ///< queries of a CTA; 1: no union, the caller's lists
   int32_t* keys = nullptr;      ///< [groups][group * K]
@@ -54,9 +55,9 @@ void launch_sums(const SparseMlaBackwardParams& p, const Chunk& chunk, CUstream_
 /// Writes the union of chunk.lists.group queries' lists, on the caller's stream.
 void launch_unite(const SparseMlaBackwardParams& p, const Chunk& chunk);
 /// The maps' boxes span 32 rows of a CTA for the queries, 64 for the keys, 64 columns each.
-void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk,
-                    CUstream_st* stream);
-void launch_keys(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk,
-                 CUstream_st* stream);
+void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g,
+                    const Chunk& chunk, CUstream_st* stream);
+void launch_keys(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g,
+                 const Chunk& chunk, CUstream_st* stream);
 
 }  // namespace dsa::sparse_mla_sm90

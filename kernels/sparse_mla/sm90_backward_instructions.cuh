@@ -1,5 +1,6 @@
-// Instructions that only the backward kernels use, beside kernels/cuda/ (PTX ISA): reductions, matrix loads, and wgmma
-// with accumulators that products of different widths share: the narrower one takes the first of them.
+// Instructions that only the backward kernels use, beside kernels/cuda/ (PTX ISA): reductions, copies of what is used
+// once, matrix loads, and wgmma with accumulators that products of different widths share: the narrower one takes the
+// first of them.
 #pragma once
 
 #include <cuda.h>
@@ -12,7 +13,9 @@ namespace dsa::cuda {
 
 /// Adds 16 bytes to global memory.
 __device__ __forceinline__ void add_f32x4(float* to, float4 x) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z),
+               "f"(x.w)
+               : "memory");
 }
 
 /// Adds 8 bytes.
@@ -26,25 +29,31 @@ __device__ __forceinline__ uint64_t evict_first() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-__device__ __forceinline__ void tma_load_3d_once(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2, uint64_t policy) {
+__device__ __forceinline__ void tma_load_3d_once(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1,
+                                                 int c2, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(
-          shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, "
+      "%4, %5}], [%2], %6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
       : "memory");
 }
-__device__ __forceinline__ void bulk_load_once(void* to, const void* from, uint32_t bytes, uint64_t* barrier, uint64_t policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                   shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-               : "memory");
+__device__ __forceinline__ void bulk_load_once(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                                               uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
 }
 __device__ __forceinline__ void bulk_store_once(void* to, const void* from, uint32_t bytes, uint64_t policy) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to), "r"(shared_address(from)), "r"(bytes),
-               "l"(policy)
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes), "l"(policy)
                : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-/// Four 8 x 8 matrices of 16-bit elements, each transposed; rows at the addresses given by lanes 0-7, 8-15, 16-23, 24-31.
+/// Four 8 x 8 matrices of 16-bit elements, each transposed; rows at the addresses given by lanes 0-7, 8-15, 16-23,
+/// 24-31.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");

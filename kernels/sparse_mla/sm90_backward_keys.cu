@@ -1,14 +1,14 @@
 // Backward of sparse attention in latent form on Hopper, the part that belongs to keys: dkv, from the P and dS that
 // sm90_backward_queries.cu leaves behind.
 //
-// A CTA takes half of the columns (256 latent, 32 rope) of a query, keeps q and do of all heads in shared memory and turns
-// every tile of P and dS into 64 keys x 288 columns, summed over all heads before they leave the SM. Either warpgroup owns
-// 144 of the columns; while the tensor cores work on a tile, it adds the one before to global memory. The warpgroups take
-// turns at the tensor cores: if both multiplied at once, both would add at once, and neither would use what the other leaves.
-// Every contribution is rounded to a multiple of a power of two, after which fp32 additions are exact and their order has
-// no effect. Where the sums of the keys that the lists name do not stay in the caches, contributions go to the workspace
-// instead, rounded to bf16, and sm90_backward_sums.cu adds them.
-// Column 16B + 8b + 2q + e of a key lies at 16B + 4q + 2b + e of dkv_sum: a thread's accumulators are then four in a row.
+// A CTA takes half of the columns (256 latent, 32 rope) of a query, keeps q and do of all heads in shared memory and
+// turns every tile of P and dS into 64 keys x 288 columns, summed over all heads before they leave the SM. Either
+// warpgroup owns 144 of the columns; while the tensor cores work on a tile, it adds the one before to global memory.
+// The warpgroups take turns at the tensor cores: if both multiplied at once, both would add at once, and neither would
+// use what the other leaves. Every contribution is rounded to a multiple of a power of two, after which fp32 additions
+// are exact and their order has no effect. Where the sums of the keys that the lists name do not stay in the caches,
+// contributions go to the workspace instead, rounded to bf16, and sm90_backward_sums.cu adds them.
+// Column 16B + 8b + 2q + e of a key lies at 16B + 4q + 2b + e of dkv_sum: a thread's accumulators are four in a row.
 #include "kernels/cuda/check.h"
 #include "kernels/sparse_mla/sm90_backward.h"
 #include "kernels/sparse_mla/sm90_backward_instructions.cuh"
@@ -23,7 +23,8 @@ template <int kBlocks>  // of 64 heads
 struct Shared {
   static constexpr int kHeadPanel = kBlocks * kPanelBytes;  // 64 columns of all heads
   static constexpr int kStage = kBlocks * static_cast<int>(kWeightBytes);
-  alignas(1024) char q[6 * kHeadPanel];  // a warpgroup's 128 latent columns, its 16 rope columns (and 48 unused), the other's
+  // Of q: a warpgroup's 128 latent columns, its 16 rope columns (and 48 unused), the other's.
+  alignas(1024) char q[6 * kHeadPanel];
   alignas(1024) char g[4 * kHeadPanel];
   alignas(1024) char weights[2][kStage];
   uint64_t full[2], free[2], multiplied[2], q_full, q_free;
@@ -67,8 +68,11 @@ __device__ void load_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, c
       for (int b = 0; b < kBlocks; ++b) {
         const int group = p / 3, i = p % 3, value = half * 256 + group * 128 + i * 64;
         const int column = i == 2 ? kLatent + half * 32 + group * 16 : value;
-        cuda::tma_load_3d_once(s.q + p * S::kHeadPanel + b * kPanelBytes, map_q, &s.q_full, column, b * kHeadBlock, t, once);
-        if (i < 2) cuda::tma_load_3d_once(s.g + (2 * group + i) * S::kHeadPanel + b * kPanelBytes, map_g, &s.q_full, value, b * kHeadBlock, t, once);
+        cuda::tma_load_3d_once(s.q + p * S::kHeadPanel + b * kPanelBytes, map_q, &s.q_full, column, b * kHeadBlock, t,
+                               once);
+        if (i < 2)
+          cuda::tma_load_3d_once(s.g + (2 * group + i) * S::kHeadPanel + b * kPanelBytes, map_g, &s.q_full, value,
+                                 b * kHeadBlock, t, once);
       }
     for (int tile = 1; tile < tiles; ++tile) load_weights();
   }
@@ -77,7 +81,8 @@ __device__ void load_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, c
 __device__ __forceinline__ float to_quantum(float x, float magic) { return __fsub_rn(__fadd_rn(x, magic), magic); }
 
 __device__ __forceinline__ float4 trade(float4 x) {
-  return make_float4(__shfl_xor_sync(~0u, x.x, 4), __shfl_xor_sync(~0u, x.y, 4), __shfl_xor_sync(~0u, x.z, 4), __shfl_xor_sync(~0u, x.w, 4));
+  return make_float4(__shfl_xor_sync(~0u, x.x, 4), __shfl_xor_sync(~0u, x.y, 4), __shfl_xor_sync(~0u, x.z, 4),
+                     __shfl_xor_sync(~0u, x.w, 4));
 }
 
 // The list entries of a thread's two rows of a tile, and those before them.
@@ -94,7 +99,8 @@ struct TileEntries {
   }
 };
 
-// A warp's 16 keys x 144 columns: of keys lane/4 + 8h, v[8h + i] columns 16i + 2q + {0, 1, 8, 9}, v[16 + h] the same of rope.
+// A warp's 16 keys x 144 columns: of keys lane/4 + 8h, v[8h + i] columns 16i + 2q + {0, 1, 8, 9}, v[16 + h] the same of
+// rope.
 struct Contributions {
   float4 v[18];
 
@@ -102,13 +108,14 @@ struct Contributions {
 #pragma unroll
     for (int i = 0; i < 18; ++i) {
       const int at = i < 16 ? 8 * (i % 8) + 2 * (i / 8) : 64 + 2 * (i - 16);
-      v[i] = make_float4(to_quantum(d[at], magic), to_quantum(d[at + 1], magic), to_quantum(d[at + 4], magic), to_quantum(d[at + 5], magic));
+      v[i] = make_float4(to_quantum(d[at], magic), to_quantum(d[at + 1], magic), to_quantum(d[at + 4], magic),
+                         to_quantum(d[at + 5], magic));
     }
   }
 
-  // Adds them to dkv. Four lanes hold 64 bytes of a key; they trade with the four lanes of the key beside it, so that eight
-  // lanes write a whole line of 128 bytes of one key, then of the other. All trades come first, so that no register waits
-  // for an addition to have read it.
+  // Adds them to dkv. Four lanes hold 64 bytes of a key; they trade with the four lanes of the key beside it, so that
+  // eight lanes write a whole line of 128 bytes of one key, then of the other. All trades come first, so that no
+  // register waits for an addition to have read it.
   __device__ __forceinline__ void add_to(const Arguments& a, const TileEntries& entries, int column, int rope) {
     const int lane = threadIdx.x % 32;
     const bool is_odd = lane & 4;
@@ -138,8 +145,10 @@ struct Contributions {
     }
   }
 
-  // Writes them to the workspace as bf16, of every 128 columns 32j + 8q + i of a lane. A multiple of the quantum stays one.
-  __device__ __forceinline__ void store_to(const Arguments& a, const TileEntries& entries, int64_t first_entry, int column, int rope) const {
+  // Writes them to the workspace as bf16, of every 128 columns 32j + 8q + i of a lane. A multiple of the quantum stays
+  // one.
+  __device__ __forceinline__ void store_to(const Arguments& a, const TileEntries& entries, int64_t first_entry,
+                                           int column, int rope) const {
     const int q = threadIdx.x % 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -148,7 +157,8 @@ struct Contributions {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float4 x = v[8 * h + 2 * j], y = v[8 * h + 2 * j + 1];
-        __stcs(reinterpret_cast<uint4*>(row + column + 32 * j + 8 * q), make_uint4(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w)));
+        __stcs(reinterpret_cast<uint4*>(row + column + 32 * j + 8 * q),
+               make_uint4(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w)));
       }
       const float4 r = v[16 + h];
       __stcs(reinterpret_cast<uint2*>(row + rope + 4 * q), make_uint2(pack(r.x, r.y), pack(r.z, r.w)));
@@ -214,7 +224,8 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
 
 template <int kBlocks, bool kMayBeByKey>
 __global__ void __launch_bounds__(kThreads, 1)
-    backward_keys(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_g, const Arguments a) {
+    backward_keys(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_g,
+                  const Arguments a) {
   extern __shared__ __align__(1024) char memory[];
   Shared<kBlocks>& s = *reinterpret_cast<Shared<kBlocks>*>(memory);
   if (threadIdx.x == 0) {
@@ -240,23 +251,34 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <int kBlocks, bool kMayBeByKey>
-void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments& a, int multiprocessors, cudaStream_t stream) {
+void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments& a, int multiprocessors,
+            cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<kBlocks>);
-  cuda::check(cudaFuncSetAttribute(backward_keys<kBlocks, kMayBeByKey>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-              "reserve shared memory for sparse_mla backward");
+  cuda::check(
+      cudaFuncSetAttribute(backward_keys<kBlocks, kMayBeByKey>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+      "reserve shared memory for sparse_mla backward");
   const int64_t items = 2 * a.groups, most = multiprocessors;
-  backward_keys<kBlocks, kMayBeByKey><<<static_cast<int>(items < most ? items : most), kThreads, kBytes, stream>>>(map_q, map_g, a);
+  backward_keys<kBlocks, kMayBeByKey>
+      <<<static_cast<int>(items < most ? items : most), kThreads, kBytes, stream>>>(map_q, map_g, a);
   cuda::check(cudaGetLastError(), "launch the key sums of sparse_mla backward");
 }
 
 }  // namespace
 
-void launch_keys(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk,
-                 cudaStream_t stream) {
+void launch_keys(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g,
+                 const Chunk& chunk, cudaStream_t stream) {
   const int group = chunk.lists.group;
   Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)},
-              chunk.first_row, chunk.first_row, (chunk.rows + group - 1) / group, group, chunk.weights, p.dkv_sum, p.quantum * 0x1.8p23f,
-              static_cast<__nv_bfloat16*>(chunk.contributions), chunk.mentions.named, p.cached_keys};
+              chunk.first_row,
+              chunk.first_row,
+              (chunk.rows + group - 1) / group,
+              group,
+              chunk.weights,
+              p.dkv_sum,
+              p.quantum * 0x1.8p23f,
+              static_cast<__nv_bfloat16*>(chunk.contributions),
+              chunk.mentions.named,
+              p.cached_keys};
   if (group > 1) {
     a.lists = {chunk.lists.keys, int64_t{group} * p.k, chunk.lists.lengths, group * p.k, static_cast<int>(p.keys)};
     a.first_list = 0;

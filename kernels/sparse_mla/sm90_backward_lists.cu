@@ -1,9 +1,9 @@
-// One list for the few queries that share a CTA when a query has 32 heads or fewer: the union of their keys, ascending, and
-// for each key its place in each query's own list.
+// One list for the few queries that share a CTA when a query has 32 heads or fewer: the union of their keys, ascending,
+// and for each key its place in each query's own list.
 //
-// A key's place in the union is the number of distinct keys below it. Merged in order of keys, with what is equal side by
-// side, the first of equals lies at the sum over the lists of the entries below it: a bit is set there, and the bits before
-// it are counted.
+// A key's place in the union is the number of distinct keys below it. Merged in order of keys, with what is equal side
+// by side, the first of equals lies at the sum over the lists of the entries below it: a bit is set there, and the bits
+// before it are counted.
 #include "kernels/cuda/check.h"
 #include "kernels/sparse_mla/sm90_backward.h"
 #include "kernels/sparse_mla/sm90_tile.cuh"
@@ -51,7 +51,9 @@ __global__ void __launch_bounds__(kThreads, 1) unite(const Arguments a) {
   const int length = t < a.first_row + a.rows ? a.lists.length(t) : 0;
   const int begin = min(warp % share * stretch, length), end = min(begin + stretch, length);
   const int32_t* const row = a.lists.indices + t * a.lists.stride;
-  const auto counting = [&](int i) { return i < end ? a.lists.counting(__ldg(row + i), i > 0 ? __ldg(row + i - 1) : -1) : -1; };
+  const auto counting = [&](int i) {
+    return i < end ? a.lists.counting(__ldg(row + i), i > 0 ? __ldg(row + i - 1) : -1) : -1;
+  };
   int count = 0;
   for (int i = begin; i < end; i += 32) count += __popc(__ballot_sync(~0u, counting(i + lane) >= 0));
   if (lane == 0) parts[warp] = count;
@@ -111,8 +113,10 @@ __global__ void __launch_bounds__(kThreads, 1) unite(const Arguments a) {
 void launch_unite(const SparseMlaBackwardParams& p, const Chunk& chunk) {
   const Union& out = chunk.lists;
   const int capacity = out.group * p.k, bytes = capacity * 6 + capacity / 32 * 8;
-  const Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)}, chunk.first_row, chunk.rows, out};
-  cuda::check(cudaFuncSetAttribute(unite, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "reserve shared memory for sparse_mla backward");
+  const Arguments a{
+      {p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)}, chunk.first_row, chunk.rows, out};
+  cuda::check(cudaFuncSetAttribute(unite, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+              "reserve shared memory for sparse_mla backward");
   unite<<<static_cast<int>((chunk.rows + out.group - 1) / out.group), kThreads, bytes, p.stream>>>(a);
   cuda::check(cudaGetLastError(), "launch the union of lists of sparse_mla backward");
 }

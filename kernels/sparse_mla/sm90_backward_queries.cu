@@ -1,11 +1,11 @@
 // Backward of sparse attention in latent form on Hopper, the part that belongs to queries: P, dS, dq and p_sel.
 //
-// A CTA takes 64 heads of a query and walks the list in tiles of 64 keys. A warpgroup computes S^T and (dO V^T)^T of 32 heads
-// in one product, q and do lying beside each other, and turns both into P and dS where they are. The tiles of all 64 heads go
-// to memory for the kernel that sums over queries; dS also meets the keys again: warpgroup 0 owns dq columns 0-287,
-// warpgroup 1 columns 288-575, panel by panel, and a panel is refilled with the next tile's keys as soon as it is done.
-// q, do and one tile fill the shared memory. Where queries have 32 heads or fewer, the 64 rows are those of 2, 4 or 8 queries
-// and the list is the union of theirs.
+// A CTA takes 64 heads of a query and walks the list in tiles of 64 keys. A warpgroup computes S^T and (dO V^T)^T of 32
+// heads in one product, q and do lying beside each other, and turns both into P and dS where they are. The tiles of all
+// 64 heads go to memory for the kernel that sums over queries; dS also meets the keys again: warpgroup 0 owns dq
+// columns 0-287, warpgroup 1 columns 288-575, panel by panel, and a panel is refilled with the next tile's keys as soon
+// as it is done. q, do and one tile fill the shared memory. Where queries have 32 heads or fewer, the 64 rows are those
+// of 2, 4 or 8 queries and the list is the union of theirs.
 //
 // Letters: T query rows, S keys, H heads, K list entries.
 #include "kernels/cuda/check.h"
@@ -20,7 +20,8 @@ constexpr int kThreads = 384;
 constexpr int kHalfPanel = kPanelBytes / 2;  // 32 heads
 
 struct Shared {
-  alignas(1024) char qg[kValuePanels * 2 * kPanelBytes];  // of 64 columns each: q of heads 0-31, do of them, q and do of 32-63
+  // Of 64 columns each: q of heads 0-31, do of them, q and do of 32-63.
+  alignas(1024) char qg[kValuePanels * 2 * kPanelBytes];
   alignas(1024) char q_rope[kPanelBytes];
   alignas(1024) char kv[kPanels * kPanelBytes];
   alignas(1024) char weights[kWeightBytes];  // P, dS: 64 keys x 64 heads
@@ -74,7 +75,8 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g,
   uint32_t parity = 0, item_parity = 0;
   for (int64_t item = blockIdx.x; item < a.groups * a.blocks; item += gridDim.x) {
     const int64_t list = a.first_list + item / a.blocks, t = a.first_row + item / a.blocks * a.group;
-    const int head = static_cast<int>(item % a.blocks) * kHeadBlock, length = a.lists.length(list), tiles = tiles_of(length);
+    const int head = static_cast<int>(item % a.blocks) * kHeadBlock, length = a.lists.length(list),
+              tiles = tiles_of(length);
     if (tiles == 0) continue;
     const int32_t* row = a.lists.indices + list * a.lists.stride;
     if (thread == 0) {
@@ -84,7 +86,8 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g,
         for (int b = 0; b < 2; ++b) {
           const int p = panel_at(i);
           char* const to = p == 8 ? s.q_rope + b * kHalfPanel : s.qg + (4 * p + 2 * b) * kHalfPanel;
-          const int from_head = kPacked ? 0 : head + 32 * b, from_query = static_cast<int>(t) + (kPacked ? b * (32 >> a.shift) : 0);
+          const int from_head = kPacked ? 0 : head + 32 * b,
+                    from_query = static_cast<int>(t) + (kPacked ? b * (32 >> a.shift) : 0);
           cuda::tma_load_3d(to, map_q, &s.q_full, p * 64, from_head, from_query);
           if (p < 8) cuda::tma_load_3d(to + kHalfPanel, map_g, &s.q_full, p * 64, from_head, from_query);
         }
@@ -119,10 +122,12 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
   const int first_panel = group * 5;
   const uint64_t once = cuda::evict_first();
   const uint32_t weights = cuda::shared_address(s.weights);
-  // stmatrix: lane's row of the 8 x 8 pieces, heads 8(lane/8) of the warpgroup's 32; the row of keys + 8 lies 1024 further.
+  // stmatrix: lane's row of the 8 x 8 pieces, heads 8(lane/8) of the warpgroup's 32; the row of keys + 8 lies 1024
+  // further.
   const uint32_t piece_to = weights + (warp * 16 + lane % 8) * 128 + (((group * 4 + lane / 8) ^ (lane % 8)) << 4);
   // ldmatrix: keys lane%8 (+ 8 for lanes 16-31) of 16, heads 16 warp (+ 8 for odd eights of lanes).
-  const uint32_t piece_from = weights + kPanelBytes + (lane % 8 + (lane >> 4) * 8) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane % 8)) << 4);
+  const uint32_t piece_from =
+      weights + kPanelBytes + (lane % 8 + (lane >> 4) * 8) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane % 8)) << 4);
   uint32_t parity = 0, item_parity = 0;
   for (int64_t item = blockIdx.x; item < a.groups * a.blocks; item += gridDim.x) {
     const int64_t index = item / a.blocks, list = a.first_list + index, t = a.first_row + index * a.group;
@@ -145,7 +150,8 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
       item_parity ^= 1;
     }
     for (int tile = 0; tile < tiles; ++tile, parity ^= 1) {
-      uint32_t places[2][2];  // of this thread's keys in the list of the query that rows 8b and on belong to, two in a word
+      // Of this thread's keys in the list of the query that rows 8b and on belong to, two in a word.
+      uint32_t places[2][2];
       if constexpr (kPacked) {
         const uint16_t* const from = a.places + (index * a.lists.k + tile * kTile + warp * 16 + lane / 4) * a.group;
 #pragma unroll
@@ -164,7 +170,8 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
         cuda::fence_async_proxy();
         if (i == 0) cuda::wgmma_fence();
         const uint64_t x = cuda::operand_along_k(s.kv + p * kPanelBytes);
-        const uint64_t y = cuda::operand_along_k(p == 8 ? s.q_rope + group * kHalfPanel : s.qg + (2 * p + group) * kPanelBytes);
+        const uint64_t y =
+            cuda::operand_along_k(p == 8 ? s.q_rope + group * kHalfPanel : s.qg + (2 * p + group) * kPanelBytes);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           if (p == 8) cuda::wgmma_bf16_n32_of_64<false, false>(d, x + 2 * j, y + 2 * j);
@@ -224,7 +231,8 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
       cuda::fence_async_proxy();
       cuda::barrier_sync<kWritten, 256>();
       if (group == 0 && thread == 0)
-        cuda::bulk_store_once(a.weights + ((index * (a.lists.k / kTile) + tile) * a.blocks + block) * kWeightBytes, s.weights, kWeightBytes, once);
+        cuda::bulk_store_once(a.weights + ((index * (a.lists.k / kTile) + tile) * a.blocks + block) * kWeightBytes,
+                              s.weights, kWeightBytes, once);
       uint32_t x[4][4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) cuda::load_matrices_transposed(x[j], piece_from + j * 2048);
@@ -241,8 +249,8 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
       for (int j = 0; j < 4; ++j) cuda::wgmma_bf16_n32<true>(dq_last, x[j], y + 128 * j);
       cuda::wgmma_commit();
       if (!kPacked && group == 1 && thread < kTile)
-        atomicAdd(a.p_sel + t * a.lists.k + tile * kTile + thread,
-                  (s.column_sums[0][thread] + s.column_sums[1][thread]) * a.share);  // two blocks at most: order is no matter
+        atomicAdd(a.p_sel + t * a.lists.k + tile * kTile + thread,  // two blocks at most: order is no matter
+                  (s.column_sums[0][thread] + s.column_sums[1][thread]) * a.share);
       cuda::wgmma_wait<4>();
       arrive_once_a_warp(&s.free[first_panel]);
       cuda::wgmma_wait<3>();
@@ -250,7 +258,8 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
       cuda::wgmma_wait<2>();
       arrive_once_a_warp(&s.free[first_panel + 2]);
       cuda::wgmma_wait<1>();
-      if (group == 0 && thread == 0) cuda::bulk_store_wait_read();  // nobody writes to the tiles before this panel is full again
+      if (group == 0 && thread == 0)
+        cuda::bulk_store_wait_read();  // nobody writes to the tiles before this panel is full again
       arrive_once_a_warp(&s.free[first_panel + 3]);
       cuda::wgmma_wait<0>();
       arrive_once_a_warp(&s.free[4]);
@@ -258,7 +267,8 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
       for (int i = 0; i < 4; ++i) cuda::wgmma_settle(dq[i]);
       cuda::wgmma_settle(dq_last);
     }
-    const Row upper = Row::of<kPacked>(a, t, block, warp * 16 + lane / 4), lower = Row::of<kPacked>(a, t, block, warp * 16 + lane / 4 + 8);
+    const Row upper = Row::of<kPacked>(a, t, block, warp * 16 + lane / 4),
+              lower = Row::of<kPacked>(a, t, block, warp * 16 + lane / 4 + 8);
     __nv_bfloat16* const to = a.dq + (upper.t * a.heads + upper.head) * kDim;
     __nv_bfloat16* const to8 = a.dq + (lower.t * a.heads + lower.head) * kDim;
 #pragma unroll
@@ -271,7 +281,8 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
 
 template <bool kPacked>
 __global__ void __launch_bounds__(kThreads, 1)
-    backward_queries(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_g, const Arguments a) {
+    backward_queries(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_g,
+                     const Arguments a) {
   extern __shared__ __align__(1024) char memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
@@ -296,24 +307,43 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <bool kPacked>
-void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments& a, int multiprocessors, cudaStream_t stream) {
-  cuda::check(cudaFuncSetAttribute(backward_queries<kPacked>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)),
-              "reserve shared memory for sparse_mla backward");
+void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments& a, int multiprocessors,
+            cudaStream_t stream) {
+  cuda::check(
+      cudaFuncSetAttribute(backward_queries<kPacked>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)),
+      "reserve shared memory for sparse_mla backward");
   const int64_t items = a.groups * a.blocks, most = multiprocessors;
-  backward_queries<kPacked><<<static_cast<int>(items < most ? items : most), kThreads, sizeof(Shared), stream>>>(map_q, map_g, a);
+  backward_queries<kPacked>
+      <<<static_cast<int>(items < most ? items : most), kThreads, sizeof(Shared), stream>>>(map_q, map_g, a);
   cuda::check(cudaGetLastError(), "launch sparse_mla backward");
 }
 
 }  // namespace
 
-void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g, const Chunk& chunk,
-                    cudaStream_t stream) {
+void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g,
+                    const Chunk& chunk, cudaStream_t stream) {
   const int group = chunk.lists.group;
   Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)},
-              chunk.first_row, chunk.first_row, chunk.first_row + chunk.rows, (chunk.rows + group - 1) / group,
-              p.heads, (p.heads + kHeadBlock - 1) / kHeadBlock, group, row_shift(p.heads), chunk.lists.places, p.k,
-              static_cast<const char*>(p.kv), p.kv_stride * 2, p.scale, p.scale * 1.4426950408889634f, 1.f / p.heads, p.lse, p.delta,
-              chunk.weights, static_cast<__nv_bfloat16*>(p.dq), p.p_sel};
+              chunk.first_row,
+              chunk.first_row,
+              chunk.first_row + chunk.rows,
+              (chunk.rows + group - 1) / group,
+              p.heads,
+              (p.heads + kHeadBlock - 1) / kHeadBlock,
+              group,
+              row_shift(p.heads),
+              chunk.lists.places,
+              p.k,
+              static_cast<const char*>(p.kv),
+              p.kv_stride * 2,
+              p.scale,
+              p.scale * 1.4426950408889634f,
+              1.f / p.heads,
+              p.lse,
+              p.delta,
+              chunk.weights,
+              static_cast<__nv_bfloat16*>(p.dq),
+              p.p_sel};
   if (group == 1) return launch<false>(map_q, map_g, a, chunk.multiprocessors, stream);
   a.lists = {chunk.lists.keys, int64_t{group} * p.k, chunk.lists.lengths, group * p.k, static_cast<int>(p.keys)};
   a.first_list = 0;

@@ -1,13 +1,13 @@
-// dkv by key, for tables that the caches do not hold: what every list leaves to its keys lies as bf16 rows in the workspace
-// (sm90_backward_keys.cu), and here every key fetches its rows and adds them up.
+// dkv by key, for tables that the caches do not hold: what every list leaves to its keys lies as bf16 rows in the
+// workspace (sm90_backward_keys.cu), and here every key fetches its rows and adds them up.
 //
 //   dkv_sum[s] += sum over the lists g of a chunk that name s of rows[g][place of s in g]
 //
-// Contributions added to a table in memory at once read and write every line of it several times a chunk; a row is written
-// once and read once. Where the lists of the last 1024 queries name few keys, their sums stay in the caches and nothing is
-// left to do here.
-// Which lists name a key: for every 32 keys (a word) and every list, the keys it names as bits and the place of the first.
-// Lists whose entries do not all count before the last that does (the contract allows any) are searched instead.
+// Contributions added to a table in memory at once read and write every line of it several times a chunk; a row is
+// written once and read once. Where the lists of the last 1024 queries name few keys, their sums stay in the caches and
+// nothing is left to do here.
+// Which lists name a key: for every 32 keys (a word) and every list, the keys it names as bits and the place of the
+// first. Lists whose entries do not all count before the last that does (the contract allows any) are searched instead.
 #include <algorithm>
 
 #include "kernels/cuda/check.h"
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads) sum_mentions(const Arguments a) {
   extern __shared__ __align__(16) char memory[];
   if (__ldg(a.mentions.named) <= a.cached_keys) return;
   auto* const bits = reinterpret_cast<uint32_t*>(memory);                            // [groups]
-  auto* const found = bits + a.groups + threadIdx.x / 32 * a.groups;                 // [groups], of the warp: list, place
+  auto* const found = bits + a.groups + threadIdx.x / 32 * a.groups;  // [groups], of the warp: list, place
   auto* const places = reinterpret_cast<uint16_t*>(bits + (1 + kWarps) * a.groups);  // [groups]
   const int64_t word = blockIdx.x;
   const int lane = threadIdx.x % 32;
@@ -182,7 +182,8 @@ __global__ void __launch_bounds__(kThreads) sum_mentions(const Arguments a) {
       const int length = a.lists.length(of);
       for (int first = 0; first < length; first += 32) {
         const int e = first + lane;
-        const bool here = e < length && __ldg(entries + e) == key && a.lists.counting(key, e > 0 ? __ldg(entries + e - 1) : -1) >= 0;
+        const bool here =
+            e < length && __ldg(entries + e) == key && a.lists.counting(key, e > 0 ? __ldg(entries + e - 1) : -1) >= 0;
         for (uint32_t hits = __ballot_sync(~0u, here); hits; hits &= hits - 1) {
           r.load(row(list, first + __ffs(static_cast<int>(hits)) - 1), lane);
           r.add_to(sums);
@@ -212,14 +213,16 @@ int64_t words_of(const SparseMlaParams& p) { return (p.keys + 31) / 32; }
 
 void launch_count_named(const SparseMlaBackwardParams& p, const Mentions& out) {
   const int64_t words = words_of(p);
-  cuda::check(cudaMemsetAsync(out.bits, 0, sizeof(uint32_t) * words * out.stride, p.stream), "clear the mentions of keys");
+  cuda::check(cudaMemsetAsync(out.bits, 0, sizeof(uint32_t) * words * out.stride, p.stream),
+              "clear the mentions of keys");
   cuda::check(cudaMemsetAsync(out.marks, 0, sizeof(uint32_t) * words, p.stream), "clear the marks of keys");
   cuda::check(cudaMemsetAsync(out.named, 0, sizeof(int32_t), p.stream), "clear the count of keys");
   const int64_t sample = std::min<int64_t>(p.queries, kNamingQueries);
   mark_keys<<<static_cast<unsigned>(sample), kThreads, 0, p.stream>>>(
       {p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)}, p.queries - sample, out.marks);
   cuda::check(cudaGetLastError(), "launch the marks of sparse_mla backward");
-  count_marks<<<static_cast<unsigned>((words + kThreads - 1) / kThreads), kThreads, 0, p.stream>>>(out.marks, words, out.named);
+  count_marks<<<static_cast<unsigned>((words + kThreads - 1) / kThreads), kThreads, 0, p.stream>>>(out.marks, words,
+                                                                                                   out.named);
   cuda::check(cudaGetLastError(), "launch the count of keys of sparse_mla backward");
 }
 
@@ -232,7 +235,8 @@ void launch_mentions(const SparseMlaBackwardParams& p, const Chunk& chunk, cudaS
 void launch_sums(const SparseMlaBackwardParams& p, const Chunk& chunk, cudaStream_t stream) {
   const Arguments a = arguments(p, chunk);
   const int bytes = a.groups * (4 * (1 + kWarps) + 2);
-  cuda::check(cudaFuncSetAttribute(sum_mentions, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "reserve shared memory for sparse_mla backward");
+  cuda::check(cudaFuncSetAttribute(sum_mentions, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+              "reserve shared memory for sparse_mla backward");
   sum_mentions<<<static_cast<unsigned>(words_of(p)), kThreads, bytes, stream>>>(a);
   cuda::check(cudaGetLastError(), "launch the sums of sparse_mla backward");
 }

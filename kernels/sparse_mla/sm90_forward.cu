@@ -8,12 +8,13 @@
 // The tensor core alternates between the scores of tile i + 1 and the values of tile i, whose weights come to be while
 // the values of tile i - 1 are added: warpgroup 0 lets tile i go when the scores of tile i + 1 are nearly done.
 //
-// Queries in registers leave room for almost three tiles in shared memory: three buffers hold value panels 0 2 3 4 5 and
-// rope, two hold panels 1 6 7, which are needed last and free first. A panel is 64 keys x 64 columns. Weights take the
-// place of the rope panel. Ahead of an item's tiles the queries pass through a buffer of the ring on their way to registers.
+// Queries in registers leave room for almost three tiles in shared memory: three buffers hold value panels 0 2 3 4 5
+// and rope, two hold panels 1 6 7, which are needed last and free first. A panel is 64 keys x 64 columns. Weights take
+// the place of the rope panel. Ahead of an item's tiles the queries pass through a buffer of the ring on their way to
+// registers.
 //
-// The maximum that weights refer to follows only when a weight passes 2^8: sums and outputs are then scaled once, and most
-// tiles need no maximum at all.
+// The maximum that weights refer to follows only when a weight passes 2^8: sums and outputs are then scaled once, and
+// most tiles need no maximum at all.
 //
 // Letters: T query rows, S keys, H heads, K list entries. An item is a query and a half of the heads.
 #include <stdexcept>
@@ -39,7 +40,8 @@ struct Shared {
   alignas(1024) char tile[kBuffers][6][kPanelBytes];  // panels kPanelOf; the weights take the place of the last, rope
   alignas(1024) char late[2][3][kPanelBytes];         // panels kLatePanelOf of even and odd tiles
   alignas(1024) char q[4][kPanelBytes];               // rope and kLatePanelOf
-  float factor[kBuffers][64], inverse[kBuffers][64];  // of a tile's heads: what the outputs so far, and at last, are scaled by
+  // Of a tile's heads: what the outputs so far, and at last, are scaled by.
+  float factor[kBuffers][64], inverse[kBuffers][64];
   uint4 valid[kBuffers];     // byte r/4, bit r%4: entry r of the tile counts
   int rescale[kBuffers][4];  // whether a warp's factors are to be applied
   uint64_t full[kBuffers], free[kBuffers], go[kBuffers], full_late[2], free_late[2];
@@ -82,7 +84,9 @@ __device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, uint32_t parity
 }
 
 // The length of an item's list, -1 past the last item.
-__device__ __forceinline__ int length_of(const Arguments& a, int item) { return item < a.items ? a.lists.length(item / a.halves) : -1; }
+__device__ __forceinline__ int length_of(const Arguments& a, int item) {
+  return item < a.items ? a.lists.length(item / a.halves) : -1;
+}
 
 __device__ __forceinline__ bool valid_at(const uint4& v, int column) {
   const uint32_t w = column < 16 ? v.x : column < 32 ? v.y : column < 48 ? v.z : v.w;
@@ -91,7 +95,8 @@ __device__ __forceinline__ bool valid_at(const uint4& v, int column) {
 
 __device__ void score_tiles(const CUtensorMap* map_q, const Arguments& a, Shared& s) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, head_row = warp * 16 + lane / 4;
-  const uint32_t fragment = (warp * 16 + lane % 16) * 128 + ((lane / 16 ^ (lane & 7)) << 4);  // of a panel, first k step
+  const uint32_t fragment =
+      (warp * 16 + lane % 16) * 128 + ((lane / 16 ^ (lane & 7)) << 4);  // of a panel, first k step
   Ring<kBuffers> tile_ring;
   Ring<2> late_ring;
   uint32_t q_parity = 0;
@@ -104,7 +109,8 @@ __device__ void score_tiles(const CUtensorMap* map_q, const Arguments& a, Shared
     cuda::tma_load_3d(s.q[0], map_q, &s.q_full, 512, item % a.halves * kHeadBlock, item / a.halves);
 #pragma unroll
     for (int p = 0; p < 3; ++p)
-      cuda::tma_load_3d(s.q[1 + p], map_q, &s.q_full, kLatePanelOf[p] * 64, item % a.halves * kHeadBlock, item / a.halves);
+      cuda::tma_load_3d(s.q[1 + p], map_q, &s.q_full, kLatePanelOf[p] * 64, item % a.halves * kHeadBlock,
+                        item / a.halves);
   };
   // Scores the next tile; lets the values of the tile before be added when the last products are in the queue.
   const auto score = [&](bool go, int go_buffer, bool first, bool more) {
@@ -115,20 +121,23 @@ __device__ void score_tiles(const CUtensorMap* map_q, const Arguments& a, Shared
     const uint32_t b = low(cuda::operand_along_k(s.tile[tile_ring.at])), qs = low(cuda::operand_along_k(s.q));
     cuda::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4 * kRegisterPanels; ++i) cuda::wgmma_bf16_n64<false>(d, q[i], whole(b + i / 4 * kPanelStep + i % 4 * 2), i > 0);
+    for (int i = 0; i < 4 * kRegisterPanels; ++i)
+      cuda::wgmma_bf16_n64<false>(d, q[i], whole(b + i / 4 * kPanelStep + i % 4 * 2), i > 0);
     if (first) {
       cuda::mbarrier_wait(&s.q_full, q_parity);
       q_parity ^= 1;
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) cuda::wgmma_bf16_n64<false, false>(d, whole(qs + 2 * i), whole(b + 5 * kPanelStep + 2 * i));
+    for (int i = 0; i < 4; ++i)
+      cuda::wgmma_bf16_n64<false, false>(d, whole(qs + 2 * i), whole(b + 5 * kPanelStep + 2 * i));
     cuda::mbarrier_wait(&s.full_late[late_ring.at], late_ring.parity);
     cuda::fence_async_proxy();  // also for the weights of the tile before
     const uint32_t bl = low(cuda::operand_along_k(s.late[late_ring.at]));
 #pragma unroll
     for (int i = 0; i < 12; ++i) {
       if (i == 8) cuda::wgmma_commit();
-      cuda::wgmma_bf16_n64<false, false>(d, whole(qs + (1 + i / 4) * kPanelStep + i % 4 * 2), whole(bl + i / 4 * kPanelStep + i % 4 * 2));
+      cuda::wgmma_bf16_n64<false, false>(d, whole(qs + (1 + i / 4) * kPanelStep + i % 4 * 2),
+                                         whole(bl + i / 4 * kPanelStep + i % 4 * 2));
     }
     cuda::wgmma_commit();
     if (go) {
@@ -212,7 +221,8 @@ __device__ void score_tiles(const CUtensorMap* map_q, const Arguments& a, Shared
     cuda::mbarrier_wait(&s.full[tile_ring.at], tile_ring.parity);
     const uint32_t from = cuda::shared_address(s.tile[tile_ring.at]) + fragment;
 #pragma unroll
-    for (int i = 0; i < 4 * kRegisterPanels; ++i) cuda::load_matrices(q[i], (from + i / 4 * kPanelBytes) ^ (i % 4 << 5));
+    for (int i = 0; i < 4 * kRegisterPanels; ++i)
+      cuda::load_matrices(q[i], (from + i / 4 * kPanelBytes) ^ (i % 4 << 5));
     __syncwarp();
     if (lane < 2) cuda::mbarrier_arrive(&s.free[tile_ring.at]);
     if (lane == 0) cuda::mbarrier_arrive(&s.go[tile_ring.at]);
@@ -248,13 +258,14 @@ __device__ void score_tiles(const CUtensorMap* map_q, const Arguments& a, Shared
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         if (head + 8 * h < a.heads)
-          a.lse[int64_t{item / a.halves} * a.heads + head + 8 * h] = sum[h] == 0 ? -INFINITY : (maximum[h] + log2f(sum[h])) * 0.6931471805599453f;
+          a.lse[int64_t{item / a.halves} * a.heads + head + 8 * h] =
+              sum[h] == 0 ? -INFINITY : (maximum[h] + log2f(sum[h])) * 0.6931471805599453f;
     item = next;
   }
 }
 
-// Gathers: warp w copies rows 16w to 16w + 15 of each panel, four at a time. The late panels of a tile come one tile later.
-// Ahead of an item's tiles a buffer holds the queries on their way to registers.
+// Gathers: warp w copies rows 16w to 16w + 15 of each panel, four at a time. The late panels of a tile come one tile
+// later. Ahead of an item's tiles a buffer holds the queries on their way to registers.
 __device__ void gather_tiles(const CUtensorMap* map_q, const Arguments& a, Shared& s) {
   const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
   const uint32_t to = cuda::shared_address(s.tile) + warp * 2048 + lane / 8 * 128 + ((lane % 8 ^ lane / 8) << 4);
@@ -277,8 +288,9 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const Arguments& a, Share
       const char* from = a.kv + (read ? key[j] * a.kv_bytes : 0) + lane % 8 * 16;
 #pragma unroll
       for (int p = 0; p < 3; ++p)
-          cuda::copy16_or_zero((to ^ (j & 1) << 6) + kBuffers * kTileBytes + late_ring.at * kLateBytes + p * kPanelBytes + j * 512,
-                               from + kLatePanelOf[p] * 128, read);
+        cuda::copy16_or_zero(
+            (to ^ (j & 1) << 6) + kBuffers * kTileBytes + late_ring.at * kLateBytes + p * kPanelBytes + j * 512,
+            from + kLatePanelOf[p] * 128, read);
     }
     cuda::mbarrier_arrive_after_copies(&s.full_late[late_ring.at]);
     late_ring.advance();
@@ -296,7 +308,8 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const Arguments& a, Share
       cuda::mbarrier_arrive_expect(&s.full[tile_ring.at], kRegisterPanels * kPanelBytes);
 #pragma unroll
       for (int p = 0; p < kRegisterPanels; ++p)
-        cuda::tma_load_3d(s.tile[tile_ring.at][p], map_q, &s.full[tile_ring.at], kPanelOf[p] * 64, item % a.halves * kHeadBlock, item / a.halves);
+        cuda::tma_load_3d(s.tile[tile_ring.at][p], map_q, &s.full[tile_ring.at], kPanelOf[p] * 64,
+                          item % a.halves * kHeadBlock, item / a.halves);
     } else {
       cuda::mbarrier_arrive(&s.full[tile_ring.at]);
     }
@@ -322,7 +335,8 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const Arguments& a, Share
         const char* from = a.kv + (read ? key[j] * a.kv_bytes : 0) + lane % 8 * 16;
 #pragma unroll
         for (int p = 0; p < 6; ++p)
-          cuda::copy16_or_zero((to ^ (j & 1) << 6) + tile_ring.at * kTileBytes + p * kPanelBytes + j * 512, from + kPanelOf[p] * 128, read);
+          cuda::copy16_or_zero((to ^ (j & 1) << 6) + tile_ring.at * kTileBytes + p * kPanelBytes + j * 512,
+                               from + kPanelOf[p] * 128, read);
       }
       cuda::mbarrier_arrive_after_copies(&s.full[tile_ring.at]);
       uint32_t word = 0;
@@ -352,7 +366,8 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const Arguments& a, Share
 template <int side>
 __device__ void add_values(const Arguments& a, Shared& s) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, head_row = warp * 16 + lane / 4;
-  const uint32_t fragment = cuda::shared_address(s.tile[0][5]) + (warp * 16 + lane % 16) * 128 + ((lane / 16 ^ (lane & 7)) << 4);
+  const uint32_t fragment =
+      cuda::shared_address(s.tile[0][5]) + (warp * 16 + lane % 16) * 128 + ((lane / 16 ^ (lane & 7)) << 4);
   Ring<kBuffers> tile_ring;
   Ring<2> late_ring;
   int length = length_of(a, blockIdx.x);
@@ -416,7 +431,9 @@ __device__ void add_values(const Arguments& a, Shared& s) {
           w[j] = pack(o[i / 4][e] * inverse[h], o[i / 4][e + 1] * inverse[h]);
         }
         const uint4 out = transpose_quad(w[0], w[1], w[2], w[3]);
-        if (head + 8 * h < a.heads) __stcs(reinterpret_cast<uint4*>(row + h * (8 * kLatent) + (side ? 1 - i / 4 : i / 4) * 128 + i % 4 * 32), out);
+        if (head + 8 * h < a.heads)
+          __stcs(reinterpret_cast<uint4*>(row + h * (8 * kLatent) + (side ? 1 - i / 4 : i / 4) * 128 + i % 4 * 32),
+                 out);
       }
   }
 }
@@ -458,7 +475,8 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ C
 void require_supported(const SparseMlaParams& p, const char* what) {
   const char* why = nullptr;
   if (!sm90_supports(p, &why))
-    throw std::runtime_error(std::string("cannot run ") + what + " for Hopper (" + why + ") choose another implementation");
+    throw std::runtime_error(std::string("cannot run ") + what + " for Hopper (" + why +
+                             ") choose another implementation");
 }
 
 }  // namespace dsa::sparse_mla_sm90
@@ -473,7 +491,8 @@ bool sm90_supports(const SparseMlaParams& p, const char** why_not) {
   if (p.queries < 0 || p.keys < 0 || p.keys > int64_t{1} << 30 || p.queries > int64_t{1} << 29)
     return no("more than 2^29 queries or 2^30 keys");
   if (p.q_stride % 8 || p.kv_stride % 8) return no("a stride of q or kv is not a multiple of 16 bytes");
-  if (reinterpret_cast<uintptr_t>(p.q) % 16 || reinterpret_cast<uintptr_t>(p.kv) % 16) return no("q or kv is not 16-byte aligned");
+  if (reinterpret_cast<uintptr_t>(p.q) % 16 || reinterpret_cast<uintptr_t>(p.kv) % 16)
+    return no("q or kv is not 16-byte aligned");
   return true;
 }
 
@@ -481,12 +500,20 @@ void launch_sparse_mla_forward_sm90(const SparseMlaForwardParams& p) {
   using namespace sparse_mla_sm90;
   require_supported(p, "sparse_mla forward");
   if (reinterpret_cast<uintptr_t>(p.o) % 16)
-    throw std::runtime_error("cannot run sparse_mla forward for Hopper (o is not 16-byte aligned) choose another implementation");
+    throw std::runtime_error(
+        "cannot run sparse_mla forward for Hopper (o is not 16-byte aligned) choose another implementation");
   if (p.queries == 0) return;
   const int halves = (p.heads + kHeadBlock - 1) / kHeadBlock;
   const Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)},
-                    static_cast<int>(p.queries * halves), p.heads, halves, static_cast<const char*>(p.kv), p.kv_stride * 2,
-                    p.scale * 1.4426950408889634f, static_cast<__nv_bfloat16*>(p.o), p.lse, p.bad_entries};
+                    static_cast<int>(p.queries * halves),
+                    p.heads,
+                    halves,
+                    static_cast<const char*>(p.kv),
+                    p.kv_stride * 2,
+                    p.scale * 1.4426950408889634f,
+                    static_cast<__nv_bfloat16*>(p.o),
+                    p.lse,
+                    p.bad_entries};
   const CUtensorMap map_q = map_heads(p.q, p, p.q_stride, kDim);
   cuda::check(cudaFuncSetAttribute(forward, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)),
               "reserve shared memory for sparse_mla forward");

@@ -1,5 +1,6 @@
-// What the Hopper kernels of sparse_mla share: which list entries count, the gather of a tile of 64 listed keys, softmax
-// fragments. A tile lies in shared memory as nine panels of 64 keys x 64 columns, 128-byte swizzled; panel 8 is rope.
+// What the Hopper kernels of sparse_mla share: which list entries count, the gather of a tile of 64 listed keys,
+// rows of results. A tile lies in shared memory as nine panels of 64 keys x 64 columns, 128-byte swizzled; panel 8 is
+// rope.
 #pragma once
 
 #include <cuda.h>
@@ -30,7 +31,9 @@ struct Lists {
 
   __device__ __forceinline__ int length(int64_t t) const { return lengths ? min(max(__ldg(lengths + t), 0), k) : k; }
   /// The key if it counts after the entry before it, else -1.
-  __device__ __forceinline__ int counting(int key, int before) const { return key >= 0 && key < keys && key > before ? key : -1; }
+  __device__ __forceinline__ int counting(int key, int before) const {
+    return key >= 0 && key < keys && key > before ? key : -1;
+  }
 };
 
 /// The list entries that a thread of a producing warpgroup needs of a tile, loaded one tile ahead of their use.
@@ -54,7 +57,8 @@ struct Entries {
   }
   /// The entries of the tile that count, as bits; by the first warp.
   __device__ __forceinline__ uint2 mask(const Lists& lists) const {
-    return {__ballot_sync(~0u, lists.counting(own[0], before[0]) >= 0), __ballot_sync(~0u, lists.counting(own[1], before[1]) >= 0)};
+    return {__ballot_sync(~0u, lists.counting(own[0], before[0]) >= 0),
+            __ballot_sync(~0u, lists.counting(own[1], before[1]) >= 0)};
   }
 };
 
@@ -64,7 +68,8 @@ struct Gather {
   uint32_t to[4];
   bool read[4];
 
-  __device__ __forceinline__ void start(const Lists& lists, const Entries& entries, const char* kv, int64_t kv_bytes, int thread) {
+  __device__ __forceinline__ void start(const Lists& lists, const Entries& entries, const char* kv, int64_t kv_bytes,
+                                        int thread) {
     const int chunk = thread % 8;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -76,7 +81,8 @@ struct Gather {
   }
   __device__ __forceinline__ void copy_panel(uint32_t tile, int panel) const {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) cuda::copy16_or_zero(tile + panel * kPanelBytes + to[j], from[j] + panel * 128, read[j]);
+    for (int j = 0; j < 4; ++j)
+      cuda::copy16_or_zero(tile + panel * kPanelBytes + to[j], from[j] + panel * 128, read[j]);
   }
 };
 
@@ -95,14 +101,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-/// Whether key `column` of the tile counts.
-__device__ __forceinline__ bool counts(uint2 mask, int column) { return (column < 32 ? mask.x >> column : mask.y >> (column - 32)) & 1; }
-
-/// Two neighbouring columns of row `row` of a swizzled 64 x 64 bf16 tile; column is even.
-__device__ __forceinline__ void store_pair(char* tile, int row, int column, uint32_t pair) {
-  *reinterpret_cast<uint32_t*>(tile + row * 128 + (((column >> 3) ^ (row & 7)) << 4) + (column & 7) * 2) = pair;
-}
-
 /// Words w[b] of the four lanes of a quad, transposed: lane q is left with word q of each lane, in order.
 __device__ __forceinline__ uint4 transpose_quad(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) {
   const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
@@ -112,11 +110,11 @@ __device__ __forceinline__ uint4 transpose_quad(uint32_t w0, uint32_t w1, uint32
   return high ? make_uint4(b0, b1, a2, a3) : make_uint4(a0, a1, b0, b1);
 }
 
-/// Stores n/4 accumulator groups of eight columns as bf16, rows r and r + 8 of this lane; by whole warps. A quad writes 64
-/// contiguous bytes. row: the first column, 16-byte aligned.
+/// Stores n/4 accumulator groups of eight columns as bf16, rows r and r + 8 of this lane; by whole warps. A quad writes
+/// 64 contiguous bytes. row: the first column, 16-byte aligned.
 template <int n>
-__device__ __forceinline__ void store_rows(const float (&d)[n], __nv_bfloat16* row, __nv_bfloat16* row8, bool has, bool has8, float scale,
-                                           float scale8) {
+__device__ __forceinline__ void store_rows(const float (&d)[n], __nv_bfloat16* row, __nv_bfloat16* row8, bool has,
+                                           bool has8, float scale, float scale8) {
 #pragma unroll
   for (int i = 0; i < n / 16; ++i)
 #pragma unroll
