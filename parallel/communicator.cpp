@@ -2,10 +2,13 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/Event.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 namespace dsa {
 
@@ -31,6 +34,32 @@ void must_count(const std::string& group, const char* call, const std::vector<in
 }
 
 }  // namespace
+
+Transfer::Transfer(at::Tensor argument, at::Tensor result, std::shared_ptr<c10::Event> done)
+    : argument_(std::move(argument)), result_(std::move(result)), done_(std::move(done)) {}
+
+Transfer::Transfer(Transfer&& other) noexcept { *this = std::move(other); }
+
+Transfer& Transfer::operator=(Transfer&& other) noexcept {
+  std::swap(argument_, other.argument_);
+  std::swap(result_, other.result_);
+  std::swap(done_, other.done_);
+  return *this;
+}
+
+Transfer::~Transfer() {
+  try {
+    wait();  // the memory goes back to work that comes after it on the current stream
+  } catch (const std::exception&) {  // the GPU itself failed: whoever uses it next hears of it
+  }
+}
+
+at::Tensor Transfer::wait() {
+  if (done_) done_->block(c10::impl::getDeviceGuardImpl(result_.device().type())->getStream(result_.device()));
+  done_.reset();
+  argument_.reset();
+  return std::exchange(result_, {});
+}
 
 Communicator::Communicator(std::string name, int rank, int size, std::optional<c10::Device> device)
     : name_(std::move(name)), rank_(rank), size_(size), device_(device) {}
@@ -94,6 +123,11 @@ at::Tensor Communicator::all_reduce(const at::Tensor& x, Reduction reduction) {
 
 at::Tensor Communicator::all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
                                     const std::vector<int64_t>& recv_counts) {
+  return start_all_to_all(x, send_counts, recv_counts).wait();
+}
+
+Transfer Communicator::start_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
+                                        const std::vector<int64_t>& recv_counts) {
   const at::Tensor input = checked(x, "all_to_all");
   at::NoGradGuard no_grad;
   must_have_rows(name_, "all_to_all", input);

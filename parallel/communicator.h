@@ -15,11 +15,37 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+namespace c10 {
+struct Event;
+}
+
 namespace dsa {
+
+/// A collective under way beside the current stream. It keeps its argument and its result alive; neither may be written
+/// or read before wait(). One that is dropped waits, too.
+class Transfer {
+ public:
+  Transfer() = default;
+  /// done: follows the last access to both; null: nothing is under way any more.
+  Transfer(at::Tensor argument, at::Tensor result, std::shared_ptr<c10::Event> done);
+  Transfer(Transfer&& other) noexcept;
+  Transfer& operator=(Transfer&& other) noexcept;
+  ~Transfer();
+
+  /// Where the result is coming: shape, dtype and device are those of the result.
+  const at::Tensor& result() const { return result_; }
+  /// The result, for the current stream's work from here on.
+  at::Tensor wait();
+
+ private:
+  at::Tensor argument_, result_;
+  std::shared_ptr<c10::Event> done_;
+};
 
 enum class Reduction { SUM, MAX, MIN };  // MAX and MIN carry NaN along
 
@@ -51,6 +77,9 @@ class Communicator {
   /// rows; the blocks received from rank 0, 1, ... stand in this order.
   at::Tensor all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
                         const std::vector<int64_t>& recv_counts);
+  /// The same, to be waited for later, so that the GPU can compute meanwhile; host tensors have arrived on return.
+  Transfer start_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
+                            const std::vector<int64_t>& recv_counts);
   /// Writes root's x into everybody's x (contiguous, same shape and dtype).
   void broadcast(at::Tensor& x, int root);
   void barrier();
@@ -65,8 +94,8 @@ class Communicator {
   virtual at::Tensor do_all_gather_v(const at::Tensor& x, const std::vector<int64_t>& counts) = 0;
   virtual at::Tensor do_reduce_scatter(const at::Tensor& x) = 0;
   virtual at::Tensor do_all_reduce(const at::Tensor& x, Reduction reduction) = 0;
-  virtual at::Tensor do_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
-                                   const std::vector<int64_t>& recv_counts) = 0;
+  virtual Transfer do_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
+                                 const std::vector<int64_t>& recv_counts) = 0;
   virtual void do_broadcast(at::Tensor& x, int root) = 0;
   virtual void do_barrier() = 0;
 

@@ -4,8 +4,10 @@
 //   dispatch   x_NH --select--> S --all_to_all--> R --select--> M        (sorted by expert)
 //   combine    y_MH --weighted sum per received row--> R --all_to_all--> S --sum per token--> out_NH
 //
-// Backward is the same road the other way. Weights travel as one number per pair. The permutations are made where the
-// tensors lie; the host sees counts only, once: it needs them as sizes.
+// Backward is the same road the other way. Each journey of rows is two nodes, its start and its end; what the caller
+// computes between them, and its gradients in the backward pass, need not wait for the rows. Weights travel as one
+// number per pair. The permutations are made where the tensors lie; the host sees counts only, once: it needs them as
+// sizes.
 #include "parallel/expert_dispatch.h"
 
 #include <ATen/core/grad_mode.h>
@@ -105,14 +107,16 @@ struct ExpertRouting : torch::CustomClassHolder {
   SegmentSum to_received;      // M -> R, a pass per position of an expert among the token's experts here
   std::vector<int64_t> rows_per_expert;
 
-  at::Tensor there(const at::Tensor& x) const { return move(x, sent_tokens, received_tokens); }
-  at::Tensor back(const at::Tensor& x) const { return move(x, received_tokens, sent_tokens); }
-  at::Tensor pairs_there(const at::Tensor& x) const { return move(x, sent_pairs, received_pairs); }
-  at::Tensor pairs_back(const at::Tensor& x) const { return move(x, received_pairs, sent_pairs); }
+  Transfer rows;               // on the road; at most one at a time
+
+  Transfer there(const at::Tensor& x) const { return move(x, sent_tokens, received_tokens); }
+  Transfer back(const at::Tensor& x) const { return move(x, received_tokens, sent_tokens); }
+  at::Tensor pairs_there(const at::Tensor& x) const { return move(x, sent_pairs, received_pairs).wait(); }
+  at::Tensor pairs_back(const at::Tensor& x) const { return move(x, received_pairs, sent_pairs).wait(); }
 
  private:
-  at::Tensor move(const at::Tensor& x, const std::vector<int64_t>& send, const std::vector<int64_t>& recv) const {
-    return group->size() == 1 ? x : group->all_to_all(x, send, recv);
+  Transfer move(const at::Tensor& x, const std::vector<int64_t>& send, const std::vector<int64_t>& recv) const {
+    return group->size() == 1 ? Transfer(x, x, nullptr) : group->start_all_to_all(x, send, recv);
   }
 };
 
@@ -126,45 +130,72 @@ RoutingPtr routing_of(AutogradContext* ctx) {
   return c10::static_intrusive_pointer_cast<ExpertRouting>(ctx->saved_data["routing"].toCapsule());
 }
 
-struct Dispatch : torch::autograd::Function<Dispatch> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& x_NH, const RoutingPtr& routing) {
+// The rows leave. In the backward pass their gradients have come back. Between this node and its end stands a tensor
+// of the rows' shape: forward the rows still coming, backward the gradients still going. Nobody reads it.
+struct StartDispatch : torch::autograd::Function<StartDispatch> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x_NH, const RoutingPtr& routing) {
     ctx->saved_data["routing"] = c10::IValue::make_capsule(routing);
-    const at::Tensor x_RH = routing->there(x_NH.index_select(0, routing->token_of_sent));
-    return {x_RH.index_select(0, routing->received_of_row), at::empty({0}, x_NH.options())};
+    routing->rows = routing->there(x_NH.index_select(0, routing->token_of_sent));
+    return routing->rows.result();
   }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+  static variable_list backward(AutogradContext* ctx, variable_list) {
     const RoutingPtr routing = routing_of(ctx);
-    const auto dtype = grads[0].scalar_type();
-    const at::Tensor grad_SH = routing->back(routing->to_received(grads[0]).to(dtype));
-    return {routing->to_tokens(grad_SH).to(dtype), {}};
+    const at::Tensor grad_SH = routing->rows.wait();
+    return {routing->to_tokens(grad_SH).to(grad_SH.scalar_type()), {}};
   }
 };
 
-struct Combine : torch::autograd::Function<Combine> {
-  // `link` is dispatch's second output: with it this node is an ancestor of dispatch's node even where no row
-  // connects them, and backward visits both on every rank.
+struct EndDispatch : torch::autograd::Function<EndDispatch> {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& coming_RH, const RoutingPtr& routing) {
+    ctx->saved_data["routing"] = c10::IValue::make_capsule(routing);
+    const at::Tensor x_RH = routing->rows.wait();
+    return {x_RH.index_select(0, routing->received_of_row), at::empty({0}, coming_RH.options())};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const RoutingPtr routing = routing_of(ctx);
+    const at::Tensor grad_RH = routing->to_received(grads[0]).to(grads[0].scalar_type());
+    routing->rows = routing->back(grad_RH);
+    return {grad_RH, {}};
+  }
+};
+
+struct StartCombine : torch::autograd::Function<StartCombine> {
+  // `link` is dispatch's second output: with it this node is an ancestor of dispatch's nodes even where no row
+  // connects them, and backward visits them all on every rank.
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& y_MH, const at::Tensor& weights_NK,
                             const at::Tensor& link, const RoutingPtr& routing) {
     ctx->saved_data["routing"] = c10::IValue::make_capsule(routing);
     const at::Tensor weights_P = weights_NK.reshape({-1}).index_select(0, routing->choice_of_pair);
     const at::Tensor weights_M = routing->pairs_there(weights_P).index_select(0, routing->pair_of_row);
     ctx->save_for_backward({y_MH, weights_M, link});
-    const at::Tensor partial_SH = routing->back(routing->to_received(y_MH, weights_M).to(y_MH.scalar_type()));
-    return routing->to_tokens(partial_SH).to(y_MH.scalar_type());
+    routing->rows = routing->back(routing->to_received(y_MH, weights_M).to(y_MH.scalar_type()));
+    return routing->rows.result();
   }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+  static variable_list backward(AutogradContext* ctx, variable_list) {
     const RoutingPtr routing = routing_of(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &y_MH = saved[0], &weights_M = saved[1], &link = saved[2];
     const auto type = accumulation_type(y_MH);
-    const at::Tensor grad_RH = routing->there(grads[0].index_select(0, routing->token_of_sent));
-    const at::Tensor grad_MH = grad_RH.index_select(0, routing->received_of_row).to(type);
+    const at::Tensor grad_MH = routing->rows.wait().index_select(0, routing->received_of_row).to(type);
     const at::Tensor grad_y_MH = grad_MH.mul(weights_M.to(type).unsqueeze(1)).to(y_MH.scalar_type());
     const at::Tensor grad_weights_M = grad_MH.mul(y_MH.to(type)).sum(1).to(weights_M.scalar_type());
     const at::Tensor grad_weights_P = routing->pairs_back(grad_weights_M.index_select(0, routing->row_of_pair));
     at::Tensor grad_weights_NK = at::empty({routing->tokens * routing->choices}, weights_M.options());
     grad_weights_NK.index_copy_(0, routing->choice_of_pair, grad_weights_P);  // every (n, k) is one pair
     return {grad_y_MH, grad_weights_NK.view({routing->tokens, routing->choices}), at::empty({0}, link.options()), {}};
+  }
+};
+
+struct EndCombine : torch::autograd::Function<EndCombine> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& coming_SH, const RoutingPtr& routing) {
+    ctx->saved_data["routing"] = c10::IValue::make_capsule(routing);
+    return routing->to_tokens(routing->rows.wait()).to(coming_SH.scalar_type());
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const RoutingPtr routing = routing_of(ctx);
+    const at::Tensor grad_SH = grads[0].index_select(0, routing->token_of_sent);
+    routing->rows = routing->there(grad_SH);
+    return {grad_SH, {}};
   }
 };
 
@@ -260,11 +291,13 @@ ExpertDispatch::~ExpertDispatch() = default;
 
 const std::vector<int64_t>& ExpertDispatch::rows_per_expert() const { return routing_->rows_per_expert; }
 
-at::Tensor ExpertDispatch::dispatch(const at::Tensor& x_NH) {
+at::Tensor ExpertDispatch::dispatch(const at::Tensor& x_NH, const std::function<void()>& meanwhile) {
   if (link_.defined()) throw std::logic_error("dispatch called twice (one ExpertDispatch serves one batch) make another");
   if (x_NH.dim() != 2 || x_NH.size(0) != routing_->tokens)
     refuse("x is not [" + std::to_string(routing_->tokens) + ", H]", "give one row per routed token");
-  const variable_list out = Dispatch::apply(x_NH, routing_);
+  const at::Tensor coming_RH = StartDispatch::apply(x_NH, routing_);
+  if (meanwhile) meanwhile();
+  const variable_list out = EndDispatch::apply(coming_RH, routing_);
   link_ = out[1];
   // Whether y or the weights require grad can differ between ranks (no rows, no experts run); the link makes
   // combine's node exist on all of them alike.
@@ -272,12 +305,14 @@ at::Tensor ExpertDispatch::dispatch(const at::Tensor& x_NH) {
   return out[0];
 }
 
-at::Tensor ExpertDispatch::combine(const at::Tensor& y_MH) {
+at::Tensor ExpertDispatch::combine(const at::Tensor& y_MH, const std::function<void()>& meanwhile) {
   if (!link_.defined()) throw std::logic_error("combine called before dispatch (rows come from there) call it first");
   const int64_t M = routing_->received_of_row.size(0);
   if (y_MH.dim() != 2 || y_MH.size(0) != M)
     refuse("y is not [" + std::to_string(M) + ", H]", "give one row per dispatched row, in its order");
-  return Combine::apply(y_MH, weights_NK_, link_, routing_);
+  const at::Tensor coming_SH = StartCombine::apply(y_MH, weights_NK_, link_, routing_);
+  if (meanwhile) meanwhile();
+  return EndCombine::apply(coming_SH, routing_);
 }
 
 }  // namespace dsa

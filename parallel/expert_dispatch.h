@@ -9,6 +9,9 @@
 // Sums: first over the experts of one rank in ascending order, then over ranks in ascending order; in fp32 for
 // bf16, rounded at each of the two steps.
 //
+// Rows travel beside the current stream: what dispatch() and combine() are given to do meanwhile runs while they are on
+// their way, and so do its gradients in the backward pass.
+//
 // Every rank takes part in every collective, in forward and backward, in the same order, also with no tokens or no
 // rows. A rank whose rows are empty may therefore skip its experts and pass any [0, H] tensor to combine().
 //
@@ -19,6 +22,7 @@
 #include <c10/util/intrusive_ptr.h>
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "parallel/communicator.h"
@@ -39,14 +43,14 @@ class ExpertDispatch {
   ExpertDispatch& operator=(const ExpertDispatch&) = delete;
 
   /// x_NH -> rows_MH: what this rank's experts compute, sorted by local expert, then source rank, then token.
-  /// Differentiable. Once per object.
-  at::Tensor dispatch(const at::Tensor& x_NH);
+  /// Differentiable. Once per object. `meanwhile` is called between the rows' departure and their arrival.
+  at::Tensor dispatch(const at::Tensor& x_NH, const std::function<void()>& meanwhile = {});
 
   /// Rows of each local expert: [num_experts / group size], their sum is M.
   const std::vector<int64_t>& rows_per_expert() const;
 
   /// y_MH in dispatch's row order -> out_NH, of y's dtype. Differentiable in y and weights. After dispatch().
-  at::Tensor combine(const at::Tensor& y_MH);
+  at::Tensor combine(const at::Tensor& y_MH, const std::function<void()>& meanwhile = {});
 
  private:
   c10::intrusive_ptr<ExpertRouting> routing_;

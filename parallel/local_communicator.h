@@ -13,8 +13,8 @@ class LocalCommunicator final : public Communicator {
   at::Tensor do_all_gather_v(const at::Tensor& x, const std::vector<int64_t>& counts) override;
   at::Tensor do_reduce_scatter(const at::Tensor& x) override;
   at::Tensor do_all_reduce(const at::Tensor& x, Reduction reduction) override;
-  at::Tensor do_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
-                           const std::vector<int64_t>& recv_counts) override;
+  Transfer do_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
+                         const std::vector<int64_t>& recv_counts) override;
   void do_broadcast(at::Tensor& x, int root) override;
   void do_barrier() override;
 };

@@ -219,8 +219,8 @@ at::Tensor MpiCommunicator::do_all_reduce(const at::Tensor& x, Reduction reducti
   return y;
 }
 
-at::Tensor MpiCommunicator::do_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
-                                          const std::vector<int64_t>& recv_counts) {
+Transfer MpiCommunicator::do_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
+                                        const std::vector<int64_t>& recv_counts) {
   agree_on(describe_call("all_to_all", x, /*rows_may_differ=*/true), send_counts, recv_counts);
   at::Tensor y = rows_like(x, std::accumulate(recv_counts.begin(), recv_counts.end(), int64_t{0}));
   const int64_t bytes = row_bytes(x);
@@ -234,7 +234,7 @@ at::Tensor MpiCommunicator::do_all_to_all(const at::Tensor& x, const std::vector
     to += recv_counts[r] * bytes;
   }
   exchange(send, recv);
-  return y;
+  return {x, y, nullptr};
 }
 
 void MpiCommunicator::do_broadcast(at::Tensor& x, int root) {

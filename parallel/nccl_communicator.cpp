@@ -105,22 +105,25 @@ void NcclCommunicator::open() {
   watcher_ = std::thread([this] { watch(); });
 }
 
-void NcclCommunicator::enqueue(const std::string& call, const std::function<void()>& issue,
-                               const std::function<void()>& meanwhile) {
+NcclCommunicator::Done NcclCommunicator::enqueue(const std::string& call, const std::function<void()>& issue,
+                                                 const std::function<void()>& meanwhile) {
   const std::lock_guard lock(mutex_);
   open();
   const c10::Stream current = streams_of(device_).getStream(device_);
-  c10::Event ready(device_.type()), done(device_.type());
+  c10::Event ready(device_.type());
+  const Done done = std::make_shared<c10::Event>(device_.type());
   ready.record(current);
   ready.block(stream_);
   must(nccl_api().group_start(), call);
   issue();
   settle(nccl_api().group_end(), call);  // only now the work is in the stream
-  done.record(stream_);
+  done->record(stream_);
+  running_.push_back({call, done, Clock::now()});
   meanwhile();
-  done.block(current);
-  running_.push_back({call, std::move(done), Clock::now()});
+  return done;
 }
+
+void NcclCommunicator::wait(const Done& done) const { done->block(streams_of(device_).getStream(device_)); }
 
 void NcclCommunicator::watch() {
   streams_of(device_).setDevice(device_);  // a new thread starts on GPU 0
@@ -128,7 +131,7 @@ void NcclCommunicator::watch() {
   Clock::time_point moved = Clock::now();
   while (!wake_.wait_for(lock, kWatchPeriod, [this] { return stopping_; })) {
     try {
-      for (; !running_.empty() && running_.front().done.query(); moved = Clock::now()) running_.pop_front();
+      for (; !running_.empty() && running_.front().done->query(); moved = Clock::now()) running_.pop_front();
     } catch (const std::exception&) {
       return;  // the GPU itself failed: the calling thread hears of it too
     }
@@ -148,8 +151,8 @@ void NcclCommunicator::leave(const std::string& problem) const {
   std::_Exit(kExitCommunication);
 }
 
-void NcclCommunicator::exchange(const std::string& call, const std::vector<at::Tensor>& send,
-                                const std::vector<at::Tensor>& recv) {
+NcclCommunicator::Done NcclCommunicator::exchange(const std::string& call, const std::vector<at::Tensor>& send,
+                                                  const std::vector<at::Tensor>& recv) {
   const auto issue = [&] {
     for (int step = 1; step < size(); ++step) {
       const int target = (rank() + step) % size(), source = (rank() - step + size()) % size();
@@ -159,7 +162,7 @@ void NcclCommunicator::exchange(const std::string& call, const std::vector<at::T
         must(nccl_api().recv(recv[source].data_ptr(), recv[source].nbytes(), ncclInt8, source, comm_, handle(stream_)), call);
     }
   };
-  enqueue(call, issue, [&] {
+  return enqueue(call, issue, [&] {
     if (recv[rank()].defined()) recv[rank()].copy_(send[rank()]);
   });
 }
@@ -172,12 +175,12 @@ at::Tensor NcclCommunicator::do_all_gather_v(const at::Tensor& x, const std::vec
   at::Tensor y = rows_like(x, std::accumulate(counts.begin(), counts.end(), int64_t{0}));
   if (y.nbytes() == 0) return y;
   if (std::adjacent_find(counts.begin(), counts.end(), std::not_equal_to<>()) == counts.end()) {
-    enqueue(call, [&] {
+    wait(enqueue(call, [&] {
       must(nccl_api().all_gather(x.data_ptr(), y.data_ptr(), x.nbytes(), ncclInt8, comm_, handle(stream_)), call);
-    }, [] {});
+    }, [] {}));
     return y;
   }
-  exchange(call, std::vector<at::Tensor>(size(), x), y.split_with_sizes(counts));
+  wait(exchange(call, std::vector<at::Tensor>(size(), x), y.split_with_sizes(counts)));
   return y;
 }
 
@@ -190,7 +193,7 @@ at::Tensor NcclCommunicator::do_reduce_scatter(const at::Tensor& x) {
   std::vector<at::Tensor> pieces(size());
   for (int r = 0; r < size(); ++r)
     if (r != rank()) pieces[r] = rows_like(x, rows);
-  exchange(call, send, pieces);
+  wait(exchange(call, send, pieces));
   pieces[rank()] = send[rank()];
   return combine_in_rank_order(pieces, Reduction::SUM);
 }
@@ -205,7 +208,7 @@ at::Tensor NcclCommunicator::do_all_reduce(const at::Tensor& x, Reduction reduct
   if (static_cast<int64_t>(x.nbytes()) <= kSmallReduceBytes) {
     for (int r = 0; r < size(); ++r)
       if (r != rank()) pieces[r] = at::empty_like(flat);
-    exchange(call, std::vector<at::Tensor>(size(), flat), pieces);
+    wait(exchange(call, std::vector<at::Tensor>(size(), flat), pieces));
     pieces[rank()] = flat;
     return combine_in_rank_order(pieces, reduction).view(x.sizes());
   }
@@ -216,22 +219,22 @@ at::Tensor NcclCommunicator::do_all_reduce(const at::Tensor& x, Reduction reduct
   const std::vector<at::Tensor> send = flat.split_with_sizes(lengths);
   for (int r = 0; r < size(); ++r)
     if (r != rank()) pieces[r] = at::empty_like(send[rank()]);
-  exchange(call, send, pieces);
+  wait(exchange(call, send, pieces));
   pieces[rank()] = send[rank()];
   const at::Tensor reduced = combine_in_rank_order(pieces, reduction);
   at::Tensor y = at::empty_like(flat);
-  exchange(call, std::vector<at::Tensor>(size(), reduced), y.split_with_sizes(lengths));
+  wait(exchange(call, std::vector<at::Tensor>(size(), reduced), y.split_with_sizes(lengths)));
   return y.view(x.sizes());
 }
 
-at::Tensor NcclCommunicator::do_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
-                                           const std::vector<int64_t>& recv_counts) {
-  if (x.device() != device_) return host_->all_to_all(x, send_counts, recv_counts);
+Transfer NcclCommunicator::do_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send_counts,
+                                         const std::vector<int64_t>& recv_counts) {
+  if (x.device() != device_) return host_->start_all_to_all(x, send_counts, recv_counts);
   const std::string call = describe_call("all_to_all", x, /*rows_may_differ=*/true);
   host_->agree_on(call, send_counts, recv_counts);
   at::Tensor y = rows_like(x, std::accumulate(recv_counts.begin(), recv_counts.end(), int64_t{0}));
-  exchange(call, x.split_with_sizes(send_counts), y.split_with_sizes(recv_counts));
-  return y;
+  Done done = exchange(call, x.split_with_sizes(send_counts), y.split_with_sizes(recv_counts));
+  return {x, y, std::move(done)};
 }
 
 void NcclCommunicator::do_broadcast(at::Tensor& x, int root) {
@@ -239,9 +242,9 @@ void NcclCommunicator::do_broadcast(at::Tensor& x, int root) {
   const std::string call = describe_call("broadcast", x) + " from " + std::to_string(root);
   host_->agree_on(call);
   if (x.nbytes() == 0) return;
-  enqueue(call, [&] {
+  wait(enqueue(call, [&] {
     must(nccl_api().broadcast(x.data_ptr(), x.data_ptr(), x.nbytes(), ncclInt8, root, comm_, handle(stream_)), call);
-  }, [] {});
+  }, [] {}));
 }
 
 void NcclCommunicator::do_barrier() { host_->barrier(); }

@@ -26,6 +26,54 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+at::Tensor activation(const at::Tensor& g, const at::Tensor& u) {
+  const char* why_not = nullptr;
+  if (native::swiglu_supports(g, &why_not)) {
+    const at::Tensor a = at::empty_like(g);
+    native::swiglu(g, u, a);
+    return a;
+  }
+  const auto acc = accumulation_type(g);
+  return at::silu(g.to(acc)).mul_(u.to(acc)).to(g.scalar_type());
+}
+
+struct Activation {
+  at::Tensor a, dg, du;
+};
+
+Activation activation_backward(const at::Tensor& g, const at::Tensor& u, const at::Tensor& da) {
+  const char* why_not = nullptr;
+  if (native::swiglu_supports(g, &why_not)) {
+    Activation s{at::empty_like(g), at::empty_like(g), at::empty_like(g)};
+    native::swiglu_backward(g, u, da, s.a, s.dg, s.du);
+    return s;
+  }
+  const auto acc = accumulation_type(g);
+  const at::Tensor wide = g.to(acc), wide_da = da.to(acc);
+  return {activation(g, u), at::silu_backward(wide_da * u.to(acc), wide).to(g.scalar_type()),
+          (wide_da * at::silu(wide)).to(g.scalar_type())};
+}
+
+struct SwigluHidden : torch::autograd::Function<SwigluHidden> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x_NH, const at::Tensor& gate_IH,
+                            const at::Tensor& up_IH) {
+    const at::Tensor g_NI = at::mm(x_NH, gate_IH.t()), u_NI = at::mm(x_NH, up_IH.t());
+    ctx->save_for_backward({x_NH, gate_IH, up_IH, g_NI, u_NI});
+    return activation(g_NI, u_NI);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const at::Tensor &x_NH = saved[0], &gate_IH = saved[1], &up_IH = saved[2];
+    const Activation s = activation_backward(saved[3], saved[4], grads[0].contiguous());
+    variable_list out(3);
+    if (ctx->needs_input_grad(1)) out[1] = at::mm(s.dg.t(), x_NH);
+    if (ctx->needs_input_grad(2)) out[2] = at::mm(s.du.t(), x_NH);
+    if (ctx->needs_input_grad(0)) out[0] = at::mm(s.dg, gate_IH).addmm_(s.du, up_IH);
+    return out;
+  }
+};
+
 struct GroupedSwiglu : torch::autograd::Function<GroupedSwiglu> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x_MH, const std::vector<int64_t>& rows,
                             const at::Tensor& gate_EIH, const at::Tensor& up_EIH, const at::Tensor& down_EHI) {
@@ -99,31 +147,6 @@ struct GroupedSwiglu : torch::autograd::Function<GroupedSwiglu> {
     std::partial_sum(rows.begin(), rows.end(), ends.data_ptr<int32_t>());
     return ends.to(device);
   }
-  static at::Tensor activation(const at::Tensor& g, const at::Tensor& u) {
-    const char* why_not = nullptr;
-    if (native::swiglu_supports(g, &why_not)) {
-      const at::Tensor a = at::empty_like(g);
-      native::swiglu(g, u, a);
-      return a;
-    }
-    const auto acc = accumulation_type(g);
-    return at::silu(g.to(acc)).mul_(u.to(acc)).to(g.scalar_type());
-  }
-  struct Activation {
-    at::Tensor a, dg, du;
-  };
-  static Activation activation_backward(const at::Tensor& g, const at::Tensor& u, const at::Tensor& da) {
-    const char* why_not = nullptr;
-    if (native::swiglu_supports(g, &why_not)) {
-      Activation s{at::empty_like(g), at::empty_like(g), at::empty_like(g)};
-      native::swiglu_backward(g, u, da, s.a, s.dg, s.du);
-      return s;
-    }
-    const auto acc = accumulation_type(g);
-    const at::Tensor wide = g.to(acc), wide_da = da.to(acc);
-    return {activation(g, u), at::silu_backward(wide_da * u.to(acc), wide).to(g.scalar_type()),
-            (wide_da * at::silu(wide)).to(g.scalar_type())};
-  }
   // gradient[e] = left^T right, in place; a product over no rows is zero.
   static void write_product(const at::Tensor& gradient, int64_t e, const at::Tensor& left, const at::Tensor& right) {
     if (!gradient.defined()) return;
@@ -151,6 +174,15 @@ at::Tensor grouped_swiglu(const at::Tensor& x_MH, at::IntArrayRef rows_per_exper
           "grouped_swiglu: {} counts with sum {} for {} experts and {} rows (every row has one expert) count them again",
           rows_per_expert.size(), rows, E, x_MH.size(0));
   return GroupedSwiglu::apply(x_MH, rows_per_expert.vec(), gate_EIH, up_EIH, down_EHI);
+}
+
+at::Tensor swiglu_hidden(const at::Tensor& x_NH, const at::Tensor& w_gate_IH, const at::Tensor& w_up_IH) {
+  require(x_NH.dim() == 2 && w_gate_IH.dim() == 2,
+          "swiglu_hidden: x {} and gate {} ([N,H] and [I,H] are expected) reshape them", shape_of(x_NH),
+          shape_of(w_gate_IH));
+  require_shape(w_gate_IH, {w_gate_IH.size(0), x_NH.size(1)}, "swiglu_hidden", "gate");
+  require_shape(w_up_IH, w_gate_IH.sizes(), "swiglu_hidden", "up");
+  return SwigluHidden::apply(x_NH, w_gate_IH, w_up_IH);
 }
 
 at::Tensor swiglu_mlp(const at::Tensor& x, const at::Tensor& w_gate_IH, const at::Tensor& w_up_IH, const at::Tensor& w_down_HI) {

@@ -13,6 +13,9 @@ namespace dsa {
 at::Tensor swiglu_mlp(const at::Tensor& x, const at::Tensor& w_gate_IH, const at::Tensor& w_up_IH,
                       const at::Tensor& w_down_HI);
 
+/// What goes into W_down: silu(W_gate x) * W_up x. x_NH, w_gate_IH, w_up_IH of one dtype -> [N,I]. Differentiable.
+at::Tensor swiglu_hidden(const at::Tensor& x_NH, const at::Tensor& w_gate_IH, const at::Tensor& w_up_IH);
+
 /// x_MH: rows sorted by expert, rows_per_expert[e] of them each (they sum to M) -> [M,H]. Differentiable in x and
 /// the weights; an expert without rows gets a zero gradient.
 at::Tensor grouped_swiglu(const at::Tensor& x_MH, at::IntArrayRef rows_per_expert, const at::Tensor& gate_EIH,

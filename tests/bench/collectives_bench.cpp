@@ -6,9 +6,12 @@
 //
 //   bandwidth = bytes that one rank receives from the others / time        (an all-reduce moves its data twice)
 //
+// Beside them the time of the shared expert's first two products alone and while tokens travel to their experts.
+//
 // The peer's figures are NCCL's own, measured on two H200: 151 MB gathered in an all-gather, 1 GiB in an all-to-all and
 // in an all-reduce.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <mpi.h>
 
@@ -30,8 +33,8 @@ namespace {
 struct Measurement {
   std::string name;
   double microseconds;
-  double gigabytes_per_second;
-  double peer;  // GB/s; 0: none
+  double gigabytes_per_second;  // 0: not of interest
+  double peer;                  // GB/s; 0: none
 };
 
 class Bench {
@@ -62,7 +65,8 @@ class Bench {
     const double seconds = times[kSamples / 2];
     const Measurement m{name, seconds * 1e6, received / seconds / 1e9, peer};
     if (group_.rank() == 0) {
-      std::printf("%-52s %9.1f us %8.1f GB/s", m.name.c_str(), m.microseconds, m.gigabytes_per_second);
+      std::printf("%-62s %9.1f us", m.name.c_str(), m.microseconds);
+      if (received > 0) std::printf(" %8.1f GB/s", m.gigabytes_per_second);
       if (peer > 0) std::printf("   (NCCL's own: %.0f)", peer);
       std::printf("\n");
       std::fflush(stdout);
@@ -101,6 +105,13 @@ void run(Bench& bench, Communicator& group, bool small) {
     const std::vector<int64_t> counts(ranks, own);
     bench.measure("all_to_all hidden rows to experts" + of, bytes(sent) * others, [&] { group.all_to_all(sent, counts, counts); },
                   tokens == 131072 ? 331 : 0);
+    const at::Tensor rows = sent.narrow(0, 0, own), gate_and_up = bench.tensor({7168, 2 * 2048});
+    bench.measure("shared expert, gate and up" + of, 0, [&] { at::mm(rows, gate_and_up); });
+    bench.measure("shared expert, gate and up, beside the all_to_all" + of, 0, [&] {
+      Transfer travelling = group.start_all_to_all(sent, counts, counts);
+      at::mm(rows, gate_and_up);
+      travelling.wait();
+    });
   }
   const at::Tensor gradients = bench.tensor({small ? int64_t{1} << 20 : int64_t{1} << 28}, at::kFloat);
   bench.measure("reduce_scatter fp32 gradients, " + std::to_string(gradients.nbytes() >> 20) + " MiB", bytes(gradients) * others,

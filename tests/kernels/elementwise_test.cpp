@@ -144,6 +144,11 @@ TEST(GroupedSwiglu, EqualsOneExpertAtATimeAndDifferences) {
   expect_gradients([&](const auto& in) { return grouped_swiglu(in[0], rows, in[1], in[2], in[3]); }, {x, gate, up, down}, 1e-6);
   expect_gradients([&](const auto& in) { return swiglu_mlp(in[0], in[1], in[2], in[3]); },
                    {x.view({1, 7, 5}), gate[0], up[0], down[0]}, 1e-6);
+  // The first half alone.
+  const at::Tensor hidden = swiglu_hidden(x, gate[0], up[0]);
+  EXPECT_LT(relative_distance(hidden.matmul(down[0].t()), swiglu_mlp(x, gate[0], up[0], down[0])), 1e-13);
+  expect_gradients([&](const auto& in) { return swiglu_hidden(in[0], in[1], in[2]); }, {x, gate[0], up[0]}, 1e-6);
+  EXPECT_THROW(swiglu_hidden(x, gate[0], up[0].t()), std::invalid_argument);
   // The expert without rows has a gradient, and it is zero.
   at::Tensor weight = gate.clone().requires_grad_(true);
   grouped_swiglu(x, rows, weight, up, down).sum().backward();

@@ -24,8 +24,9 @@ int world_size() {
 class Collectives : public testing::TestWithParam<test::On> {
  protected:
   void SetUp() override {
-    if (GetParam() == test::On::GPU && !test::gpu_of_rank()) GTEST_SKIP() << test::kNoGpus;
-    if (GetParam() == test::On::GPU) device_ = *test::gpu_of_rank();
+    const auto device = test::device_for(GetParam());
+    if (!device) GTEST_SKIP() << test::kNoGpus;
+    device_ = *device;
     mesh_ = std::make_unique<Mesh>(Degrees{.data = world_size()}, /*check_calls=*/true, device_);
     group_ = &mesh_->along(Axis::WORLD);
     rank_ = group_->rank(), size_ = group_->size();

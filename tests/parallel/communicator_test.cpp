@@ -21,6 +21,7 @@
 #include "parallel/nccl_communicator.h"
 #endif
 #include "tests/parallel/devices.h"
+#include "tests/parallel/expected.h"
 #ifdef DSA_NCCL_STANDIN
 #include "tests/parallel/nccl_standin.h"
 #endif
@@ -28,6 +29,9 @@
 
 namespace dsa {
 namespace {
+
+using test::expected_sum;
+using test::same_bits;
 
 enum class Kind { LOCAL, MPI, MPI_CHECKED, MPI_PIECES, NCCL, NCCL_CHECKED, NCCL_HOST };
 
@@ -68,38 +72,6 @@ std::unique_ptr<Communicator> make(Kind kind) {
     case Kind::NCCL_HOST: return make_nccl(false);
   }
   return nullptr;
-}
-
-/// Same dtype, shape and bits (NaN equals NaN of the same bits).
-bool same_bits(const at::Tensor& a, const at::Tensor& b) {
-  if (a.scalar_type() != b.scalar_type() || a.sizes() != b.sizes()) return false;
-  const at::Tensor x = a.cpu().contiguous(), y = b.cpu().contiguous();
-  return x.nbytes() == 0 || std::memcmp(x.data_ptr(), y.data_ptr(), x.nbytes()) == 0;
-}
-
-/// The sum of the contract, element by element in plain C++.
-template <typename T, typename Accumulator>
-at::Tensor sum_in_rank_order(const std::vector<at::Tensor>& pieces) {
-  at::Tensor out = at::empty(pieces[0].sizes(), pieces[0].options());
-  for (int64_t i = 0; i < out.numel(); ++i) {
-    Accumulator sum = static_cast<Accumulator>(pieces[0].data_ptr<T>()[i]);
-    for (size_t r = 1; r < pieces.size(); ++r) sum = sum + static_cast<Accumulator>(pieces[r].data_ptr<T>()[i]);
-    out.data_ptr<T>()[i] = static_cast<T>(sum);
-  }
-  return out;
-}
-
-at::Tensor expected_sum(const std::vector<at::Tensor>& pieces) {
-  switch (pieces[0].scalar_type()) {
-    case at::kBFloat16: return sum_in_rank_order<at::BFloat16, float>(pieces);
-    case at::kHalf: return sum_in_rank_order<at::Half, float>(pieces);
-    case at::kFloat: return sum_in_rank_order<float, float>(pieces);
-    case at::kDouble: return sum_in_rank_order<double, double>(pieces);
-    case at::kInt: return sum_in_rank_order<int32_t, int32_t>(pieces);
-    case at::kLong: return sum_in_rank_order<int64_t, int64_t>(pieces);
-    case at::kByte: return sum_in_rank_order<uint8_t, uint8_t>(pieces);
-    default: throw std::logic_error("dtype without an expected sum");
-  }
 }
 
 const std::vector<at::ScalarType> kDtypes = {at::kBFloat16, at::kHalf, at::kFloat, at::kDouble,
@@ -253,6 +225,32 @@ TEST_P(Contract, AllToAllMovesRows) {
       row += recv[from];
     }
     EXPECT_EQ(y.size(0), row);
+  }
+}
+
+// Several under way at once, waited for in another order, one dropped; what is computed meanwhile disturbs none.
+TEST_P(Contract, TransfersBesideOtherWork) {
+  constexpr int kTransfers = 4;
+  const int64_t rows = 1000;
+  const std::vector<int64_t> counts(size_, rows);
+  for (int round = 0; round < 3; ++round) {
+    std::vector<Transfer> under_way;
+    at::Tensor other = filled({64, 64}, at::kFloat, 1);
+    for (int i = 0; i < kTransfers; ++i) {
+      const at::Tensor x = filled({size_ * rows, 7}, at::kFloat, 100 * i + rank_);
+      under_way.push_back(comm_->start_all_to_all(x, counts, counts));
+      for (int k = 0; k < 20; ++k) other = other.mm(other).clamp(-1, 1);
+    }
+    under_way.erase(under_way.begin() + 1);
+    for (const int i : {3, 0, 2}) {
+      Transfer& transfer = under_way[i > 1 ? i - 1 : i];
+      EXPECT_EQ(transfer.result().sizes(), (std::vector<int64_t>{size_ * rows, 7}));
+      const at::Tensor y = transfer.wait();
+      for (int from = 0; from < size_; ++from)
+        EXPECT_TRUE(same_bits(
+            y.narrow(0, from * rows, rows),
+            test::filled({size_ * rows, 7}, at::kFloat, 100 * i + from).narrow(0, rank_ * rows, rows)));
+    }
   }
 }
 

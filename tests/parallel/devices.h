@@ -32,6 +32,13 @@ inline const char* kNoGpus = "no CUDA device for every rank";
 
 enum class On { HOST, GPU };
 
+/// Where to test; nothing when ranks have no GPU. The GPU is opened for a test on the host, too: LibTorch looks for its
+/// CUDA half once, at the latest when autograd first runs.
+inline std::optional<c10::Device> device_for(On on) {
+  const std::optional<c10::Device> gpu = gpu_of_rank();
+  return on == On::GPU ? gpu : c10::Device(c10::DeviceType::CPU);
+}
+
 /// For INSTANTIATE_TEST_SUITE_P.
 inline std::string label_of(On on) { return on == On::HOST ? "Host" : "Gpu"; }
 

@@ -4,6 +4,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/equal.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 #include <mpi.h>
@@ -18,11 +19,13 @@
 #include "parallel/mesh.h"
 #include "tests/parallel/devices.h"
 #include "tests/parallel/tensors.h"
+#include "tests/parallel/watched.h"
 
 namespace dsa {
 namespace {
 
 using test::filled;
+using test::Watched;
 
 int world_size() {
   int size = 0;
@@ -75,8 +78,9 @@ class Dispatch : public testing::TestWithParam<std::tuple<int, test::On>> {  // 
  protected:
   void SetUp() override {
     const auto [degree, on] = GetParam();
-    if (on == test::On::GPU && !test::gpu_of_rank()) GTEST_SKIP() << test::kNoGpus;
-    if (on == test::On::GPU) device_ = *test::gpu_of_rank();
+    const auto where = test::device_for(on);
+    if (!where) GTEST_SKIP() << test::kNoGpus;
+    device_ = *where;
     mesh_ = std::make_unique<Mesh>(Degrees{.data = world_size(), .expert = degree}, /*check_calls=*/true, device_);
     group_ = &mesh_->along(Axis::EXPERT);
   }
@@ -208,30 +212,6 @@ TEST_P(Dispatch, HalfPrecisionAddsInFp32PerRankThenOverRanks) {
     }
 }
 
-/// Passes everything on and notes the rows of width H that this rank sends to others and to itself.
-class Watched final : public Communicator {
- public:
-  explicit Watched(Communicator& inner) : Communicator("watched", inner.rank(), inner.size(), {}), inner_(inner) {}
-  std::vector<int64_t> wide_rows;  // one entry per all_to_all
-
- protected:
-  at::Tensor do_all_to_all(const at::Tensor& x, const std::vector<int64_t>& send,
-                           const std::vector<int64_t>& recv) override {
-    if (x.is_floating_point() && x.dim() == 2) wide_rows.push_back(x.size(0));
-    return inner_.all_to_all(x, send, recv);
-  }
-  at::Tensor do_all_gather_v(const at::Tensor& x, const std::vector<int64_t>& counts) override {
-    return inner_.all_gather_v(x, counts);
-  }
-  at::Tensor do_reduce_scatter(const at::Tensor& x) override { return inner_.reduce_scatter(x); }
-  at::Tensor do_all_reduce(const at::Tensor& x, Reduction r) override { return inner_.all_reduce(x, r); }
-  void do_broadcast(at::Tensor& x, int root) override { inner_.broadcast(x, root); }
-  void do_barrier() override { inner_.barrier(); }
-
- private:
-  Communicator& inner_;
-};
-
 TEST_P(Dispatch, OneTokenTravelsOncePerRank) {
   if (group_->size() == 1) return;  // nothing travels
   for (const Case& c : kCases) {
@@ -254,6 +234,42 @@ TEST_P(Dispatch, OneTokenTravelsOncePerRank) {
     // there and back, and the same for the gradients
     EXPECT_EQ(watched.wide_rows, (std::vector<int64_t>{sent, received, sent, received})) << c.name;
   }
+}
+
+TEST_P(Dispatch, WhatRunsMeanwhileRunsBetweenDepartureAndArrival) {
+  if (group_->size() == 1) return;  // nothing travels
+  Watched watched(*group_);
+  const auto note = [&](const char* what) {
+    return [&watched, what](const at::Tensor& gradient) {
+      watched.log.push_back(what);
+      return gradient;
+    };
+  };
+  Input mine = own_input(kCases[0], at::kDouble);
+  at::Tensor x = mine.x_NH.requires_grad_(true), a, b;
+  ExpertDispatch dispatch(mine.experts_NK, mine.weights_NK, kCases[0].experts, watched);
+  const at::Tensor rows = dispatch.dispatch(x, [&] {
+    a = x.mul(3);
+    a.register_hook(note("gradient of a"));
+    watched.log.push_back("a");
+  });
+  const at::Tensor y = rows.mul(2);
+  y.register_hook(note("gradient of the experts"));
+  const at::Tensor out = dispatch.combine(y, [&] {
+    b = a.tanh();
+    b.register_hook(note("gradient of b"));
+    watched.log.push_back("b");
+  });
+  out.add(b).sum().backward();
+  EXPECT_EQ(watched.log, (std::vector<std::string>{"rows leave", "a", "rows leave", "b", "rows leave", "gradient of b",
+                                                   "gradient of the experts", "rows leave", "gradient of a"}));
+  // The same without anything in between.
+  at::Tensor x2 = x.detach().clone().requires_grad_(true);
+  ExpertDispatch plain(mine.experts_NK, mine.weights_NK, kCases[0].experts, *group_);
+  const at::Tensor out2 = plain.combine(plain.dispatch(x2).mul(2));
+  out2.add(x2.mul(3).tanh()).sum().backward();
+  EXPECT_TRUE(at::equal(out, out2));
+  EXPECT_TRUE(at::equal(x.grad(), x2.grad()));
 }
 
 TEST_P(Dispatch, FrozenInputsKeepTheRanksTogether) {

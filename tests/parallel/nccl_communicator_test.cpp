@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <utility>
@@ -64,6 +65,28 @@ TEST_F(Nccl, StreamsWaitForEachOther) {
     }
     EXPECT_EQ(at, streams_.log.size()) << name;
     EXPECT_EQ(exchanges, std::string(name) == "large all_reduce" ? 2 : 1) << name;
+  }
+}
+
+TEST_F(Nccl, TheCurrentStreamWaitsWhenTheTransferIsAskedTo) {
+  const auto comm = make();
+  const std::vector<int64_t> twos(comm->size(), 2);
+  const at::Tensor x = filled({2 * comm->size(), 3}, at::kFloat, comm->rank());
+  for (const bool dropped : {false, true}) {
+    const auto waits = [&] {
+      return std::count_if(streams_.log.begin(), streams_.log.end(),
+                           [](const std::string& line) { return line.starts_with("stream 0 waits for"); });
+    };
+    streams_.log.clear();
+    Transfer first = comm->start_all_to_all(x, twos, twos), second = comm->start_all_to_all(x, twos, twos);
+    EXPECT_EQ(waits(), 0);
+    if (dropped) second = Transfer();
+    else EXPECT_TRUE(second.wait().defined());
+    EXPECT_EQ(waits(), 1);
+    EXPECT_TRUE(first.wait().defined());
+    EXPECT_EQ(waits(), 2);
+    EXPECT_FALSE(first.wait().defined());
+    EXPECT_EQ(waits(), 2);
   }
 }
 

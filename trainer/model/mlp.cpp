@@ -1,5 +1,7 @@
 #include "trainer/model/mlp.h"
 
+#include <ATen/ops/linear.h>
+
 #include <algorithm>
 
 #include "kernels/grouped_mlp/grouped_mlp.h"
@@ -22,6 +24,14 @@ at::Tensor Mlp::forward(const at::Tensor& x_NM, const StagePlan& plan) const {
   const at::Tensor y_TM = blockwise({{x_TM, 0}, {gate_}, {up_}, {down_}}, x_TM.size(0), std::max<int64_t>(plan.block_bytes / row_bytes, 1), 0,
                                     [](const Block&, const std::vector<at::Tensor>& in) { return swiglu_mlp(in[0], in[1], in[2], in[3]); });
   return reduce_scatter_rows(y_TM, tensor);
+}
+
+at::Tensor Mlp::hidden(const at::Tensor& x_NM) const {
+  return swiglu_hidden(gather_rows(x_NM, mesh_.along(Axis::TENSOR)), gate_, up_);
+}
+
+at::Tensor Mlp::output(const at::Tensor& a_TI) const {
+  return reduce_scatter_rows(at::linear(a_TI, down_), mesh_.along(Axis::TENSOR));
 }
 
 }  // namespace dsa

@@ -13,6 +13,10 @@ class Mlp {
   Mlp(const ModelBuilder& builder, const std::string& prefix, int64_t intermediate);
   at::Tensor forward(const at::Tensor& x_NM, const StagePlan& plan) const;
 
+  // The same in two parts, all rows at once: a_TI = silu(W_gate x) * W_up x, then W_down a.
+  at::Tensor hidden(const at::Tensor& x_NM) const;
+  at::Tensor output(const at::Tensor& a_TI) const;
+
  private:
   Mesh& mesh_;
   at::Tensor gate_, up_, down_;

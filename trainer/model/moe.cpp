@@ -23,7 +23,7 @@ Moe::Moe(const ModelBuilder& builder, const std::string& prefix, int64_t layer)
   up_ = builder.expert_matrices(prefix + "experts.%.up_proj.weight", c.moe_intermediate_size, c.hidden_size);
   down_ = builder.expert_matrices(prefix + "experts.%.down_proj.weight", c.hidden_size, c.moe_intermediate_size);
   if (c.n_shared_experts > 0)
-    shared_.emplace_back(builder, prefix + "shared_experts.", c.moe_intermediate_size * c.n_shared_experts);
+    shared_.emplace(builder, prefix + "shared_experts.", c.moe_intermediate_size * c.n_shared_experts);
 }
 
 FeedForwardOutput Moe::forward(const at::Tensor& h_NM, const ForwardPass& pass) const {
@@ -32,9 +32,17 @@ FeedForwardOutput Moe::forward(const at::Tensor& h_NM, const ForwardPass& pass) 
   const RouterOutput chosen = route(logits_NE, correction_bias_, routing_);
 
   ExpertDispatch dispatch(chosen.experts_NK, chosen.weights_NK, experts_, mesh_.along(Axis::EXPERT));
-  const at::Tensor rows_RM = dispatch.dispatch(h_NM);
-  at::Tensor y_NM = dispatch.combine(grouped_swiglu(rows_RM, dispatch.rows_per_expert(), gate_, up_, down_));
-  for (const Mlp& shared : shared_) y_NM = y_NM + shared.forward(h_NM, pass.plan);
+  // The shared expert computes while tokens travel: its first half on their way to the experts, its second on the way
+  // back.
+  at::Tensor hidden_TI, shared_NM;
+  const at::Tensor rows_RM = dispatch.dispatch(h_NM, [&] {
+    if (shared_) hidden_TI = shared_->hidden(h_NM);
+  });
+  const at::Tensor y_RM = grouped_swiglu(rows_RM, dispatch.rows_per_expert(), gate_, up_, down_);
+  at::Tensor y_NM = dispatch.combine(y_RM, [&] {
+    if (shared_) shared_NM = shared_->output(hidden_TI);
+  });
+  if (shared_) y_NM = y_NM + shared_NM;
 
   at::Tensor balance = at::zeros({}, logits_NE.options().requires_grad(false));
   if (pass.plan.balance_scale != 0) {

@@ -2,6 +2,8 @@
 // routed experts over the expert axis, one shared expert for every token. No token is ever dropped.
 #pragma once
 
+#include <optional>
+
 #include "kernels/router/router.h"
 #include "trainer/model/forward_pass.h"
 #include "trainer/model/mlp.h"
@@ -24,7 +26,7 @@ class Moe {
   int64_t layer_, experts_;
   RouterParameters routing_;
   at::Tensor router_, correction_bias_, gate_, up_, down_;
-  std::vector<Mlp> shared_;  // none or one
+  std::optional<Mlp> shared_;
 };
 
 }  // namespace dsa
