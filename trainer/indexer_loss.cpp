@@ -23,6 +23,8 @@ namespace dsa {
 namespace {
 
 constexpr int64_t kRecallRows = 32;  // rows a context rank measures the sparse stage's recall on
+// Of the native path where heads are split over ranks: rows and bytes of a block of mass that is summed over them.
+constexpr int64_t kMassRows = 4096, kMassBytes = int64_t{1} << 30;
 
 double total(const at::Tensor& x) { return x.to(at::kDouble).sum().item<double>(); }
 
@@ -95,9 +97,10 @@ void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection
   Communicator& tensor = target.mesh.along(Axis::TENSOR);
   const TokenBatch& b = pass.batch;
   const native::IndexerInputs inputs{p.q_NJD, p.k_SD, p.w_NJ};
-  const char* why_not = "the heads are split over ranks";
-  if (tensor.size() == 1 && native::indexer_kl_dense_supports(q_THD, inputs, &why_not)) {
-    ran("indexer_kl_dense", "sm90");
+  const char* why_not = nullptr;
+  const bool native_kernels = native::indexer_kl_dense_supports(q_THD, inputs, &why_not);
+  ran("indexer_kl_dense", native_kernels ? "sm90" : std::string("reference (") + why_not + ")");
+  if (native_kernels && tensor.size() == 1) {
     native::IndexerLoss loss;
     {
       const c10::NoGradGuard no_grad;
@@ -111,10 +114,10 @@ void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection
     if (learns) project_back(projection, loss.gradients.dq_TJD, loss.gradients.dk_SD, loss.gradients.dw_TJ);
     return;
   }
-  ran("indexer_kl_dense", std::string("reference (") + why_not + ")");
   ProjectionGradient gradient(projection);
   const int64_t own = p.q_NJD.size(0);
-  const int64_t step = std::max<int64_t>(pass.plan.query_block / tensor.size(), 1);
+  const int64_t most = native_kernels ? std::min(kMassRows, kMassBytes / (4 * k_SHD.size(0))) : pass.plan.query_block;
+  const int64_t step = std::max<int64_t>(most / tensor.size(), 1);
   std::vector<at::Tensor> recorded;
   {
     const c10::NoGradGuard no_grad;
@@ -126,17 +129,28 @@ void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection
       const at::Tensor rows = at::cat(parts);
       const at::Tensor start = b.start_T.index_select(0, rows), end = b.end_T.index_select(0, rows);
       const KeyRange keys = key_range(start, end);
-      const at::Tensor mass = attention_mass(q_THD.index_select(0, rows), k_SHD.narrow(0, keys.first, keys.count),
-                                             lse_TH.index_select(0, rows), start - keys.first, end - keys.first,
-                                             target.scale);
-      const at::Tensor p_BS = tensor.reduce_scatter(mass) / static_cast<double>(target.all_heads);
+      const auto sum_of_heads = native_kernels ? native::attention_mass : attention_mass;
+      const at::Tensor mass_BS = tensor.reduce_scatter(
+          sum_of_heads(q_THD.index_select(0, rows), k_SHD.narrow(0, keys.first, keys.count),
+                       lse_TH.index_select(0, rows), start - keys.first, end - keys.first, target.scale));
 
       const at::Tensor start_B = b.start_N.narrow(0, i, n) - keys.first, end_B = b.end_N.narrow(0, i, n) - keys.first;
-      const at::Tensor q = p.q_NJD.narrow(0, i, n), w = p.w_NJ.narrow(0, i, n);
+      const at::Tensor q = p.q_NJD.narrow(0, i, n), w = p.w_NJ.narrow(0, i, n), real = b.real_N.narrow(0, i, n);
       const at::Tensor k = p.k_SD.narrow(0, keys.first, keys.count);
+      if (native_kernels) {
+        const native::IndexerLoss loss =
+            native::indexer_kl_of_mass(mass_BS, target.all_heads, {q, k, w}, start_B, end_B, target.top_k, real,
+                                       pass.plan.kl_scale, learns);
+        report_rows(report, loss.kl_T, loss.entropy_T, real);
+        report.recall += total(loss.recall_T * real);
+        report.recall_rows += total(real);
+        recorded.push_back(loss.kl_T);
+        if (learns) gradient.add(loss.gradients, i, n, keys);
+        continue;
+      }
+      const at::Tensor p_BS = mass_BS / static_cast<double>(target.all_heads);
       const at::Tensor scores = indexer_logits(q, k, w, start_B, end_B);
       const KlRows kl = indexer_kl(scores, p_BS, learns);
-      const at::Tensor real = b.real_N.narrow(0, i, n);
       report_rows(report, kl.rows_T, kl.entropy_prediction_T, real);
       report.recall += total(captured_mass(p_BS, topk_select(scores, target.top_k)) * real);
       report.recall_rows += total(real);

@@ -6,7 +6,8 @@
 //
 // The gradients are accumulated into the indexer's parameters here, when the target is known: in WARMUP while the layer
 // runs forward, in SPARSE while it runs backward, where the probabilities cost nothing. The layer's input and the target are
-// detached, so nothing else depends on them. Nothing of size rows x keys outlives a block of rows.
+// detached, so nothing else depends on them. Nothing of size rows x keys outlives a block of rows. Where the heads of a row
+// are split over tensor ranks, each sums its own heads' probabilities and the sums are added over the ranks.
 #pragma once
 
 #include <functional>

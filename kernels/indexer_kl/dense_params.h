@@ -20,6 +20,8 @@ namespace dsa {
 
 struct IndexerKlDenseParams {
   AttentionMassParams attention;   ///< all but the workspace; its queries, keys, ranges and stream are those of the call
+  const float* mass = nullptr;     ///< [T,S] of all heads, 8-byte aligned: the target in place of attention's q, k, lse
+  int64_t mass_stride = 0;         ///< even
   IndexerLogitsParams scores;      ///< dtype, heads, dim, q, k, w, k_scale and their strides
   IndexerBackwardParams gradient;  ///< heads, dim, q, k, w and their strides, dq, dw, dk; dq null: the loss alone
   DenseKlRows rows;                ///< all_heads, row_weight, loss_scale and the values of a row

@@ -34,48 +34,63 @@ struct Inputs {
       : q(x.q_TJI.contiguous()), k(x.k_SI.contiguous()), w(x.w_TJ.to(at::kFloat).contiguous()) {}
 };
 
+// Which keys a row sees, as the kernels take it.
+struct Ranges {
+  at::Tensor start, end;
+  Ranges(const at::Tensor& start_T, const at::Tensor& end_T)
+      : start(start_T.to(at::kInt).contiguous()), end(end_T.to(at::kInt).contiguous()) {}
+  void put(AttentionMassParams& a) const {
+    a.start = start.const_data_ptr<int32_t>();
+    a.end = end.const_data_ptr<int32_t>();
+  }
+};
+
+// The attention whose mass is the target, all but the workspace.
+struct Attention {
+  at::Tensor q, k, lse;
+  Ranges ranges;
+  AttentionMassParams params;
+  Attention(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& lse_TH, double scale,
+            const at::Tensor& start_T, const at::Tensor& end_T)
+      : q(q_THD.stride(2) == 1 ? q_THD : q_THD.contiguous()),
+        k(k_SHD.contiguous()),
+        lse(lse_TH.to(at::kFloat)),
+        ranges(start_T, end_T) {
+    AttentionMassParams& a = params;
+    a.queries = q.size(0);
+    a.keys = k.size(0);
+    a.heads = static_cast<int>(q.size(1));
+    a.scale = static_cast<float>(scale);
+    a.q = q.const_data_ptr();
+    a.q_stride = q.stride(0);
+    a.q_head_stride = q.stride(1);
+    a.k = k.const_data_ptr();
+    a.k_stride = a.k_rope_stride = k.stride(0);
+    a.k_head_stride = k.stride(1);
+    a.k_rope = static_cast<const char*>(a.k) + 128 * k.element_size();
+    a.lse = lse.const_data_ptr<float>();
+    a.lse_stride = lse.stride(0);
+    a.lse_head_stride = lse.stride(1);
+    ranges.put(a);
+    a.stream = current_stream(q);
+  }
+};
+
+at::Tensor bytes_on(at::Device device, size_t bytes) {
+  return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions(at::kByte).device(device));
+}
+
 IndexerGradients gradients_like(const Inputs& x) {
   return {at::empty_like(x.q), at::zeros(x.k.sizes(), x.w.options()), at::empty_like(x.w)};
 }
 
-}  // namespace
-
-bool indexer_kl_dense_supports(const at::Tensor& q_THD, const IndexerInputs& indexer, const char** why_not) {
-  *why_not = refusal(indexer);
-  if (!*why_not && (q_THD.scalar_type() != at::kBFloat16 || q_THD.size(2) != 192)) *why_not = "attention heads other than 128 + 64 in bf16";
-  return !*why_not;
-}
-
-IndexerLoss indexer_kl_dense(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& lse_TH, double scale,
-                             const IndexerInputs& indexer, const at::Tensor& start_T, const at::Tensor& end_T, int64_t top_k,
-                             const at::Tensor& row_weight_T, double loss_scale, bool want_gradient) {
+// p: the attention or its mass, and all_heads.
+IndexerLoss dense_loss(IndexerKlDenseParams p, const IndexerInputs& indexer, int64_t top_k,
+                       const at::Tensor& row_weight_T, double loss_scale, bool want_gradient) {
   const Inputs x(indexer);
-  const at::Tensor q = q_THD.stride(2) == 1 ? q_THD : q_THD.contiguous(), k = k_SHD.contiguous();
-  const at::Tensor lse = lse_TH.to(at::kFloat), start = start_T.to(at::kInt).contiguous(), end = end_T.to(at::kInt).contiguous();
   const at::Tensor weight = row_weight_T.to(at::kFloat).contiguous();
-  const int64_t T = q.size(0), S = k.size(0);
+  const int64_t T = p.attention.queries;
   IndexerLoss out{at::empty({T}, x.w.options()), at::empty({T}, x.w.options()), at::empty({T}, x.w.options()), {}};
-
-  IndexerKlDenseParams p;
-  AttentionMassParams& a = p.attention;
-  a.queries = T;
-  a.keys = S;
-  a.heads = static_cast<int>(q.size(1));
-  a.scale = static_cast<float>(scale);
-  a.q = q.const_data_ptr();
-  a.q_stride = q.stride(0);
-  a.q_head_stride = q.stride(1);
-  a.k = k.const_data_ptr();
-  a.k_stride = a.k_rope_stride = k.stride(0);
-  a.k_head_stride = k.stride(1);
-  a.k_rope = static_cast<const char*>(a.k) + 128 * k.element_size();
-  a.lse = lse.const_data_ptr<float>();
-  a.lse_stride = lse.stride(0);
-  a.lse_head_stride = lse.stride(1);
-  a.start = start.const_data_ptr<int32_t>();
-  a.end = end.const_data_ptr<int32_t>();
-  a.stream = current_stream(q);
-
   p.scores.dtype = IndexerDtype::BF16;
   p.scores.heads = p.gradient.heads = static_cast<int>(x.q.size(1));
   p.scores.dim = p.gradient.dim = 128;
@@ -91,7 +106,6 @@ IndexerLoss indexer_kl_dense(const at::Tensor& q_THD, const at::Tensor& k_SHD, c
     p.gradient.dw = out.gradients.dw_TJ.data_ptr<float>();
     p.gradient.dk = out.gradients.dk_SD.data_ptr<float>();
   }
-  p.rows.all_heads = a.heads;
   p.rows.row_weight = weight.const_data_ptr<float>();
   p.rows.loss_scale = static_cast<float>(loss_scale);
   p.rows.kl = out.kl_T.data_ptr<float>();
@@ -102,10 +116,55 @@ IndexerLoss indexer_kl_dense(const at::Tensor& q_THD, const at::Tensor& k_SHD, c
   int64_t rows = std::min((T + kRowStep - 1) / kRowStep * kRowStep, kMostRows);
   while (rows > kRowStep && indexer_kl_dense_workspace_bytes(p, rows) > kMostWorkspace) rows -= kRowStep;
   p.workspace_bytes = indexer_kl_dense_workspace_bytes(p, rows);
-  const at::Tensor workspace = at::empty({static_cast<int64_t>(p.workspace_bytes)}, q.options().dtype(at::kByte));
+  const at::Tensor workspace = bytes_on(x.q.device(), p.workspace_bytes);
   p.workspace = workspace.data_ptr();
   launch_indexer_kl_dense_sm90(p);
   return out;
+}
+
+}  // namespace
+
+bool indexer_kl_dense_supports(const at::Tensor& q_THD, const IndexerInputs& indexer, const char** why_not) {
+  *why_not = refusal(indexer);
+  if (!*why_not && (q_THD.scalar_type() != at::kBFloat16 || q_THD.size(2) != 192)) *why_not = "attention heads other than 128 + 64 in bf16";
+  return !*why_not;
+}
+
+IndexerLoss indexer_kl_dense(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& lse_TH, double scale,
+                             const IndexerInputs& indexer, const at::Tensor& start_T, const at::Tensor& end_T, int64_t top_k,
+                             const at::Tensor& row_weight_T, double loss_scale, bool want_gradient) {
+  const Attention attention(q_THD, k_SHD, lse_TH, scale, start_T, end_T);
+  IndexerKlDenseParams p;
+  p.attention = attention.params;
+  p.rows.all_heads = attention.params.heads;
+  return dense_loss(p, indexer, top_k, row_weight_T, loss_scale, want_gradient);
+}
+
+at::Tensor attention_mass(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& lse_TH,
+                          const at::Tensor& start_T, const at::Tensor& end_T, double scale) {
+  Attention attention(q_THD, k_SHD, lse_TH, scale, start_T, end_T);
+  AttentionMassParams& a = attention.params;
+  const at::Tensor mass = at::zeros({a.queries, (a.keys + 63) / 64 * 64}, q_THD.options().dtype(at::kFloat));
+  a.workspace_bytes = dense_kl_workspace_bytes(a.queries, a.keys);
+  const at::Tensor workspace = bytes_on(q_THD.device(), a.workspace_bytes);
+  a.workspace = workspace.data_ptr();
+  launch_attention_mass_sm90(a, mass.data_ptr<float>(), mass.stride(0));
+  return mass;
+}
+
+IndexerLoss indexer_kl_of_mass(const at::Tensor& mass_TS, int64_t all_heads, const IndexerInputs& indexer,
+                               const at::Tensor& start_T, const at::Tensor& end_T, int64_t top_k,
+                               const at::Tensor& row_weight_T, double loss_scale, bool want_gradient) {
+  const Ranges ranges(start_T, end_T);
+  IndexerKlDenseParams p;
+  p.attention.queries = mass_TS.size(0);
+  p.attention.keys = indexer.k_SI.size(0);
+  ranges.put(p.attention);
+  p.attention.stream = current_stream(mass_TS);
+  p.mass = mass_TS.const_data_ptr<float>();
+  p.mass_stride = mass_TS.stride(0);
+  p.rows.all_heads = static_cast<int>(all_heads);
+  return dense_loss(p, indexer, top_k, row_weight_T, loss_scale, want_gradient);
 }
 
 bool indexer_kl_sparse_supports(const IndexerInputs& indexer, int64_t top_k, const char** why_not) {

@@ -17,13 +17,18 @@ struct Plan {
   IndexerLogitsParams logits;
   TopKSelectParams select;
   AttentionMassParams attention;
+  const float* mass;
   DenseKlRows rows;
   IndexerBackwardParams gradient;
   size_t bytes;
 
   /// Rows [first, first + count), with the workspace at `base`.
   Plan(const IndexerKlDenseParams& p, int64_t first, int64_t count, char* base)
-      : logits(p.scores), attention(p.attention), rows(p.rows), gradient(p.gradient) {
+      : logits(p.scores),
+        attention(p.attention),
+        mass(p.mass ? p.mass + first * p.mass_stride : nullptr),
+        rows(p.rows),
+        gradient(p.gradient) {
     const AttentionMassParams& a = p.attention;
     const int64_t stride = stride_of(a.keys);
     size_t at = 0;
@@ -52,9 +57,10 @@ struct Plan {
       select.lengths = reinterpret_cast<int32_t*>(take(count * sizeof(int32_t)));
     }
 
-    const auto* q = static_cast<const uint16_t*>(a.q);
-    attention.q = q + first * a.q_stride;
-    attention.lse += first * a.lse_stride;
+    if (!mass) {
+      attention.q = static_cast<const uint16_t*>(a.q) + first * a.q_stride;
+      attention.lse += first * a.lse_stride;
+    }
     attention.workspace_bytes = dense_kl_workspace_bytes(count, a.keys);
     attention.workspace = take(attention.workspace_bytes);
 
@@ -87,7 +93,10 @@ size_t indexer_kl_dense_workspace_bytes(const IndexerKlDenseParams& p, int64_t r
 
 bool sm90_supports(const IndexerKlDenseParams& p, const char** why_not) {
   const Plan plan(p, 0, p.attention.queries, nullptr);
-  if (!sm90_supports(plan.attention, why_not) || !sm90_supports(plan.logits, why_not)) return false;
+  if (!p.mass && !sm90_supports(plan.attention, why_not)) return false;
+  if (p.mass && (reinterpret_cast<uintptr_t>(p.mass) % 8 || p.mass_stride % 2))
+    return *why_not = "the mass is not 8-byte aligned or its stride is odd", false;
+  if (!sm90_supports(plan.logits, why_not)) return false;
   if (p.top_k != 0 && !sm90_supports(plan.select, why_not)) return false;
   if (p.gradient.dq && !sm90_supports(plan.gradient, why_not)) return false;
   if (p.workspace_bytes < indexer_kl_dense_workspace_bytes(p, kStep))
@@ -110,7 +119,8 @@ void launch_indexer_kl_dense_sm90(const IndexerKlDenseParams& p) {
     const Plan plan(p, t, std::min(step, queries - t), static_cast<char*>(p.workspace));
     launch_indexer_logits_sm90(plan.logits);
     if (p.top_k > 0) launch_topk_select_sm90(plan.select);
-    launch_dense_kl_sm90(plan.attention, plan.rows);
+    if (plan.mass) launch_dense_kl_of_mass_sm90(plan.attention, plan.mass, p.mass_stride, plan.rows);
+    else launch_dense_kl_sm90(plan.attention, plan.rows);
     if (plan.gradient.dq) launch_indexer_backward_sm90(plan.gradient);
   }
 }
