@@ -59,6 +59,7 @@ void visit_fields(AnyRecipe& r, Visitor&& visit) {
   visit("compute.query_block", r.compute.query_block);
   visit("compute.threads", r.compute.threads);
   visit("compute.device", r.compute.device);
+  visit("compute.offload_hidden", r.compute.offload_hidden);
   visit("checkpoint.every", r.checkpoint.every);
   visit("checkpoint.keep", r.checkpoint.keep);
   visit("run.folder", r.run.folder);

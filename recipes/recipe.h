@@ -99,6 +99,7 @@ struct Recipe {
     int64_t query_block = 256;  // query rows of one score tile
     int threads = 0;            // per rank; 0 = all that the rank may use
     DeviceKind device = DeviceKind::AUTO;
+    bool offload_hidden = false;  // recomputed layers' inputs in host memory
   } compute;
 
   struct Checkpoint {

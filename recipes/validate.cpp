@@ -85,6 +85,17 @@ void check_optimizer(Checker& check, const Recipe& r) {
               "remove it: fp64 runs keep fp64 moments");
 }
 
+void check_compute(Checker& check, const Recipe& r) {
+  const std::string path = "compute.offload_hidden";
+  const auto no_effect_with = [&](const char* other, const char* fix) {
+    check.add(path, check.show(path) + " has no effect with " + check.show(other), fix);
+  };
+  if (!r.compute.offload_hidden) return;
+  if (r.compute.recompute == Recompute::NONE) no_effect_with("compute.recompute", "remove it, or set recompute: LAYER");
+  if (r.compute.device == DeviceKind::CPU)
+    no_effect_with("compute.device", "remove it: everything lies in host memory");
+}
+
 void check_batch(Checker& check, const Recipe& r) {
   if (r.batch.sequences > 0 && r.batch.micro_sequences > 0 && r.batch.sequences % r.batch.micro_sequences != 0) {
     check.add("batch.micro_sequences", fmt::format("{} does not divide {}", check.show("batch.micro_sequences"),
@@ -147,6 +158,7 @@ void check_effect(Checker& check, const ResolvedRecipe& resolved) {
     ignored("loss.kl_weight", r.loss.kl_weight != defaults.loss.kl_weight);
   }
   if (r.stage == StageKind::WARMUP) {
+    ignored("compute.offload_hidden", r.compute.offload_hidden);
     ignored("loss.mtp_weight", r.loss.mtp_weight != defaults.loss.mtp_weight);
     ignored("loss.balance_alpha", r.loss.balance_alpha != defaults.loss.balance_alpha);
     ignored("loss.router_bias_speed", r.loss.router_bias_speed != defaults.loss.router_bias_speed);
@@ -167,6 +179,7 @@ std::vector<Problem> find_contradictions(const ResolvedRecipe& resolved, const s
   if (!unread.contains("schedule.decay")) check_schedule(check, resolved.recipe);
   check_batch(check, resolved.recipe);
   check_optimizer(check, resolved.recipe);
+  check_compute(check, resolved.recipe);
   if (!unread.contains("data.held_out")) check_evaluation(check, resolved.recipe);
   check_start(check, resolved.recipe);
   if (!unread.contains("stage")) check_effect(check, resolved);

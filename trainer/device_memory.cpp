@@ -30,6 +30,8 @@ std::vector<std::string> remedies(const Recipe& r) {
   if (r.batch.micro_sequences > 1) all.push_back(fmt::format("batch.micro_sequences: {}", r.batch.micro_sequences / 2));
   if (r.compute.query_block > 128) all.push_back(fmt::format("compute.query_block: {}", r.compute.query_block / 2));
   if (r.stage != StageKind::WARMUP && !r.optimizer.offload) all.push_back("optimizer.offload: true");
+  if (r.stage != StageKind::WARMUP && r.compute.recompute == Recompute::LAYER && !r.compute.offload_hidden)
+    all.push_back("compute.offload_hidden: true");
   all.push_back(fmt::format("parallel.context: {} on twice as many GPUs", 2 * r.parallel.context));
   all.push_back(fmt::format("data.sequence_length: {}", r.data.sequence_length / 2));
   return all;

@@ -17,6 +17,7 @@ StagePlan plan_step(const Recipe& recipe, const ModelConfig& config, int64_t lm_
   plan.train_backbone = recipe.stage != StageKind::WARMUP;
   plan.indexer_loss = plan.train_indexer = recipe.stage != StageKind::PRETRAIN;
   plan.layer_recompute = plan.train_backbone && recipe.compute.recompute == Recompute::LAYER;
+  plan.offload_hidden = plan.layer_recompute && recipe.compute.offload_hidden;
   const double sequences = static_cast<double>(recipe.batch.sequences);
   const double rows = sequences * static_cast<double>(recipe.data.sequence_length);
   plan.lm_scale = 1 / static_cast<double>(std::max<int64_t>(lm_targets, 1));

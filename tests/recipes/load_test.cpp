@@ -174,7 +174,7 @@ TEST_F(LoadRecipe, EveryFieldIsListedOnceWithItsOrigin) {
   const ResolvedRecipe r = load_recipe("good.textproto");
   std::vector<std::string> paths;
   for (const Origin& value : r.values) paths.push_back(value.path);
-  EXPECT_EQ(paths.size(), 51u);
+  EXPECT_EQ(paths.size(), 52u);
   std::sort(paths.begin(), paths.end());
   EXPECT_EQ(std::adjacent_find(paths.begin(), paths.end()), paths.end());
   EXPECT_EQ(r.origin("data.tokens").value, "[\"a.h5\"]");

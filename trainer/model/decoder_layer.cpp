@@ -38,7 +38,7 @@ FeedForwardOutput DecoderLayer::forward(const at::Tensor& x_NM, const ForwardPas
     again.first_of_two = first_of_two;
     FeedForwardOutput out = run(x, again, *selection);
     return std::pair(out.y_NM, out.balance);
-  });
+  }, pass.hidden);
   return {y_NM, balance};
 }
 

@@ -5,9 +5,11 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "trainer/model/hidden_states.h"
 #include "trainer/model/token_batch.h"
 
 namespace dsa {
@@ -21,6 +23,7 @@ struct StagePlan {
   bool indexer_loss = false;     // measure the indexer's KL, entropy and recall
   bool train_indexer = false;    // and accumulate its gradients: where its target is known, see indexer_loss.h
   bool layer_recompute = false;  // keep one hidden state a layer and run the layer again in the backward pass
+  bool offload_hidden = false;   // in host memory, where the model lies on a GPU
   int64_t query_block = 256;     // rows of a score tile
   // What the inner tensors of attention or of a dense FFN may take at once; longer inputs go block by block, and each
   // block runs again in the backward pass (blockwise.h).
@@ -53,6 +56,7 @@ struct ForwardPass {
   ModelReport& report;
   Recorder* recorder = nullptr;
   bool first_of_two = false;  // the gradient-free run of a recomputed layer: no indexer loss, no statistics
+  std::shared_ptr<HiddenStates> hidden = nullptr;  // the recomputed layers' inputs, where they are offloaded
 };
 
 }  // namespace dsa

@@ -26,7 +26,12 @@ ModelReport Transformer::report() const {
 }
 
 at::Tensor Transformer::forward(const ForwardPass& pass) const {
-  if (pass.plan.train_backbone) return run(pass);
+  if (pass.plan.train_backbone) {
+    ForwardPass kept = pass;
+    if (pass.plan.offload_hidden && !mesh_.device().is_cpu())
+      kept.hidden = std::make_shared<HiddenStates>(mesh_.device());
+    return run(kept);
+  }
   const c10::NoGradGuard no_grad;
   run(pass);
   return {};
