@@ -1,8 +1,9 @@
-// [mpirun -np N] dsa_bench layer [--json FILE] [--lengths 4096,8192,...] [--modes dense,warmup,sparse] [--repeats N] [--kernels N]
+// [mpirun -np N] dsa_bench layer [--json FILE] [--lengths 4096,8192,...] [--modes dense,warmup,sparse] [--repeats N]
+//                                [--kernels N] [--split context|tensor]
 //
 // One decoder layer of the 671B model (hidden 7168, 128 heads, dense FFN 18432), batch 1, bf16, on one GPU, or its rows
-// dealt to N GPUs (context parallel): forward and backward of the product's own layer code. Prints milliseconds (median, wall clock, device synchronised), tokens/s, peak
-// memory and model TFLOP/s. FLOPs counted, T tokens, P matrix parameters, H heads, causal pairs = T (T + 1) / 2,
+// (--split tensor: its heads and matrices) dealt to N GPUs: forward and backward of the product's own layer code. Prints
+// milliseconds (median, wall clock, device synchronised), tokens/s, peak memory and model TFLOP/s. FLOPs counted, T tokens, P matrix parameters, H heads, causal pairs = T (T + 1) / 2,
 // selected pairs = sum_t min(t + 1, 2048):
 //   dense   6 P T + 2 pairs H ((192 + 128) + (3*192 + 2*128))
 //   warmup  2 P T + 2 pairs H (192 + 128) + 2 pairs H 192 (the target) + 3 * 2 pairs 64*128 (scores, gradients)
@@ -74,7 +75,8 @@ class LayerBench {
     for (Parameter& p : list_.parameters) {
       if (p.decay) p.value.normal_(0, 0.02);
       else p.value.fill_(p.shards[0].name.ends_with("bias") ? 0 : 1);
-      if (p.decay && p.group == ParameterGroup::BACKBONE) parameters_ += static_cast<double>(p.value.numel());
+      if (p.decay && p.group == ParameterGroup::BACKBONE)
+        parameters_ += static_cast<double>(numel(p.shards[0].global_shape));
     }
     list_.set_trainable(ParameterGroup::BACKBONE, mode != "warmup");
     list_.set_trainable(ParameterGroup::INDEXER, mode != "dense");
@@ -150,7 +152,7 @@ std::vector<std::string> split(const std::string& text) {
 }  // namespace
 
 int run_layer(int argc, char** argv) {
-  std::string json, lengths = "4096,8192,16384,32768,65536,131072", modes = "dense,warmup,sparse";
+  std::string json, split_by = "context", lengths = "4096,8192,16384,32768,65536,131072", modes = "dense,warmup,sparse";
   int repeats = 3;
   size_t kernels = 0;
   for (int i = 0; i + 1 < argc; i += 2) {
@@ -158,6 +160,7 @@ int run_layer(int argc, char** argv) {
     else if (!std::strcmp(argv[i], "--lengths")) lengths = argv[i + 1];
     else if (!std::strcmp(argv[i], "--modes")) modes = argv[i + 1];
     else if (!std::strcmp(argv[i], "--repeats")) repeats = std::atoi(argv[i + 1]);
+    else if (!std::strcmp(argv[i], "--split")) split_by = argv[i + 1];
     else if (!std::strcmp(argv[i], "--kernels")) kernels = std::stoul(argv[i + 1]);
     else throw std::invalid_argument(std::string("unknown option ") + argv[i] + " (see the head of tests/bench/layer_bench.cpp)");
   }
@@ -174,7 +177,8 @@ int run_layer(int argc, char** argv) {
               "TFLOP/s");
   nlohmann::json results = nlohmann::json::array();
   for (const std::string& mode : split(modes)) {
-    LayerBench bench(ranks > 1 ? Mesh({.context = ranks}, /*check_calls=*/false, device) : Mesh::single(device), mode);
+    const Degrees degrees = split_by == "tensor" ? Degrees{.tensor = ranks} : Degrees{.context = ranks};
+    LayerBench bench(ranks > 1 ? Mesh(degrees, /*check_calls=*/false, device) : Mesh::single(device), mode);
     for (const std::string& length : split(lengths)) {
       try {
         const Result r = bench.measure(std::stoll(length), repeats, kernels);
@@ -197,7 +201,8 @@ int run_layer(int argc, char** argv) {
   }
   for (const auto& [op, implementation] : implementations_that_ran()) std::printf("%-16s %s\n", op.c_str(), implementation.c_str());
   if (!json.empty() && launched_rank() == 0)
-    std::ofstream(json) << nlohmann::json{{"device", describe_gpu(device)}, {"ranks", ranks}, {"results", results}}.dump(1) << "\n";
+    std::ofstream(json) << nlohmann::json{{"device", describe_gpu(device)}, {"ranks", ranks}, {"split", split_by},
+                                          {"results", results}}.dump(1) << "\n";
   return 0;
 }
 
