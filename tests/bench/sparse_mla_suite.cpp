@@ -15,7 +15,7 @@ namespace {
 
 using test::DeviceArray;
 
-constexpr int64_t kWorkspaceRows = 512;  // at a time; P and dS take 1 MB a row of 128 heads
+constexpr int64_t kWorkspaceRows = 1024;  // at a time, as the model does; P and dS take 1 MB a row of 128 heads
 
 struct Numbers {
   double peer, goal;  // 0: none
