@@ -26,7 +26,7 @@ class Disagreement : public testing::Test {
 
   /// Every rank throws, the message holds `words`, and the group can go on.
   template <typename Call>
-  void everyone_throws(Call call, const std::string& words) {
+  void expect_all_throw(Call call, const std::string& words) {
     if (comm_.size() == 1) return;
     std::string message;
     try {
@@ -45,18 +45,18 @@ class Disagreement : public testing::Test {
 TEST_F(Disagreement, IsSeenByAllBeforeDataMoves) {
   const int n = comm_.size();
   const at::Tensor x = filled({2 * n, 2}, at::kFloat, 1);
-  everyone_throws([&] { odd_one_ ? comm_.reduce_scatter(x) : comm_.all_reduce(x); }, "reduce_scatter of Float");
-  everyone_throws([&] { comm_.all_gather(odd_one_ ? x.to(at::kInt) : x); }, "all_gather of Int");
-  everyone_throws([&] { comm_.all_reduce(odd_one_ ? x.view({-1}) : x); }, "all_reduce SUM of Float");
-  everyone_throws([&] { comm_.all_reduce(x, odd_one_ ? Reduction::MAX : Reduction::MIN); }, "all_reduce MAX");
-  everyone_throws([&] { comm_.all_gather(odd_one_ ? x.narrow(0, 0, 1) : x); }, "all_gather");
-  everyone_throws([&] { odd_one_ ? comm_.barrier() : static_cast<void>(comm_.all_reduce(x)); }, "calls barrier");
-  everyone_throws([&] {
+  expect_all_throw([&] { odd_one_ ? comm_.reduce_scatter(x) : comm_.all_reduce(x); }, "reduce_scatter of Float");
+  expect_all_throw([&] { comm_.all_gather(odd_one_ ? x.to(at::kInt) : x); }, "all_gather of Int");
+  expect_all_throw([&] { comm_.all_reduce(odd_one_ ? x.view({-1}) : x); }, "all_reduce SUM of Float");
+  expect_all_throw([&] { comm_.all_reduce(x, odd_one_ ? Reduction::MAX : Reduction::MIN); }, "all_reduce MAX");
+  expect_all_throw([&] { comm_.all_gather(odd_one_ ? x.narrow(0, 0, 1) : x); }, "all_gather");
+  expect_all_throw([&] { odd_one_ ? comm_.barrier() : static_cast<void>(comm_.all_reduce(x)); }, "calls barrier");
+  expect_all_throw([&] {
     at::Tensor y = x.clone();
     comm_.broadcast(y, odd_one_ ? 1 : 0);
   }, "broadcast");
   // The last rank expects 3 rows of rank 0, which sends 2.
-  everyone_throws([&] {
+  expect_all_throw([&] {
     std::vector<int64_t> send(n, 2), recv(n, 2);
     if (odd_one_) recv[0] = 3;
     comm_.all_to_all(x, send, recv);

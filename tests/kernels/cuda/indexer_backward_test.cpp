@@ -81,7 +81,7 @@ class IndexerBackward : public testing::Test {
     }
   }
 
-  static void check(const Problem& x, const char* what) {
+  static void expect_equal(const Problem& x, const char* what) {
     const IndexerBackwardParams p = x.params();
     Outputs got(p);
     const int64_t rows = got.rows, keys = x.keys;
@@ -109,13 +109,13 @@ class IndexerBackward : public testing::Test {
 };
 
 TEST_F(IndexerBackward, MatchesPlainLoops) {
-  for (const int64_t n : {1, 2, 127, 128, 129}) check(Problem(n, n, 64, n), ("causal, length " + std::to_string(n)).c_str());
-  check(Problem(37, 300, 8, 1000), "8 heads");
-  check(Problem(50, 700, 24, 1001), "24 heads");
-  check(Problem(40, 4000, 1, 1002), "one head");
-  check(Problem(4097, 4097, 16, 1003), "causal, length 4097, 16 heads");
-  check(Problem(1030, 4097, 64, 1004), "tail of 4097, 64 heads");
-  check(Problem(7, 32769, 64, 1005), "tail of 32769");
+  for (const int64_t n : {1, 2, 127, 128, 129}) expect_equal(Problem(n, n, 64, n), ("causal, length " + std::to_string(n)).c_str());
+  expect_equal(Problem(37, 300, 8, 1000), "8 heads");
+  expect_equal(Problem(50, 700, 24, 1001), "24 heads");
+  expect_equal(Problem(40, 4000, 1, 1002), "one head");
+  expect_equal(Problem(4097, 4097, 16, 1003), "causal, length 4097, 16 heads");
+  expect_equal(Problem(1030, 4097, 64, 1004), "tail of 4097, 64 heads");
+  expect_equal(Problem(7, 32769, 64, 1005), "tail of 32769");
 }
 
 TEST_F(IndexerBackward, PackedRangesAndRowsWithoutKeys) {
@@ -127,10 +127,10 @@ TEST_F(IndexerBackward, PackedRangesAndRowsWithoutKeys) {
     end.push_back(t % 50 == 7 ? document : t + 1);  // some rows want nothing
   }
   start[11] = -5, end[699] = 5000;  // clamped
-  check(Problem(700, 700, 32, 2000, start, end), "packed documents");
+  expect_equal(Problem(700, 700, 32, 2000, start, end), "packed documents");
   std::vector<int32_t> far_start, far_end;  // two groups of rows that share no tile of keys
   for (int32_t t = 0; t < 40; ++t) far_start.push_back(t % 2 ? 5 : 3000), far_end.push_back(t % 2 ? 700 : 3990);
-  check(Problem(40, 4000, 64, 2001, far_start, far_end), "rows far apart");
+  expect_equal(Problem(40, 4000, 64, 2001, far_start, far_end), "rows far apart");
 }
 
 TEST_F(IndexerBackward, NoKeyWanted) {

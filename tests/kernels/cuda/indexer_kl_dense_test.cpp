@@ -199,7 +199,7 @@ class IndexerKlDense : public testing::Test {
       GTEST_SKIP();
     }
   }
-  static void check(const Problem& problem, const Gradients& want, const Outputs& got) {
+  static void expect_equal(const Problem& problem, const Gradients& want, const Outputs& got) {
     for (int64_t t = 0; t < problem.rows; ++t) {
       EXPECT_NEAR(got.kl[t], want.kl[t], 1e-3 * std::abs(want.kl[t]) + 1e-5) << "row " << t;
       if (problem.ends[t] - problem.begins[t] <= problem.top_k) EXPECT_NEAR(got.recall[t], 1, 1e-4) << "row " << t;
@@ -215,8 +215,8 @@ TEST_F(IndexerKlDense, LossAndGradients) {
   const Problem problem(600, 700, 6, 8, 128, IndexerDtype::BF16);
   const Gradients want = problem.oracle(true);
   const Outputs whole = run(problem, 4096), again = run(problem, 4096), blocks = run(problem, 256);
-  check(problem, want, whole);
-  check(problem, want, blocks);
+  expect_equal(problem, want, whole);
+  expect_equal(problem, want, blocks);
   EXPECT_EQ(whole.kl, again.kl);
   EXPECT_EQ(whole.dq, again.dq);
   EXPECT_EQ(whole.dw, again.dw);
@@ -227,7 +227,7 @@ TEST_F(IndexerKlDense, LossAndGradients) {
 
 TEST_F(IndexerKlDense, ScoresInE4M3PassTheGradientStraightThrough) {
   const Problem problem(300, 500, 3, 16, 64, IndexerDtype::E4M3);
-  check(problem, problem.oracle(true), run(problem, 4096));
+  expect_equal(problem, problem.oracle(true), run(problem, 4096));
 }
 
 TEST_F(IndexerKlDense, OracleAgainstFiniteDifferences) {

@@ -109,7 +109,7 @@ class IndexerKlSparse : public testing::Test {
     }
   }
 
-  static void check(Problem& x, const char* what) {
+  static void expect_equal(Problem& x, const char* what) {
     const IndexerKlSparseParams p = x.params();
     Outputs got(x);
     const float quantum = got.run_twice(p);
@@ -155,7 +155,7 @@ class IndexerKlSparse : public testing::Test {
 TEST_F(IndexerKlSparse, MatchesPlainLoops) {
   for (const int64_t n : {1, 127, 128, 129}) {
     Problem x(n, n, 64, 64, n);
-    check(x, ("causal, length " + std::to_string(n)).c_str());
+    expect_equal(x, ("causal, length " + std::to_string(n)).c_str());
   }
   struct Case {
     int64_t t, s;
@@ -169,7 +169,7 @@ TEST_F(IndexerKlSparse, MatchesPlainLoops) {
                         Case{700, 50000, 64, 1024, Lists::RANDOM, "dk larger than the cache"},
                         Case{2500, 131072, 8, 128, Lists::LOCAL, "the same, more rows"}}) {
     Problem x(c.t, c.s, c.h, c.k, 100 + c.h, c.kind);
-    check(x, c.what);
+    expect_equal(x, c.what);
   }
 }
 
@@ -190,7 +190,7 @@ TEST_F(IndexerKlSparse, OddListsAndPoisonedNeighbours) {
   std::vector<uint16_t> key = x.key.host();
   for (int64_t s = 0; s < x.keys; s += 3) for (int c = 0; c < 128; ++c) key[s * 136 + c] = kPoison;
   cuda::check(cudaMemcpy(x.key.data(), key.data(), key.size() * 2, cudaMemcpyHostToDevice), "copy to the device");
-  check(x, "odd lists, poisoned neighbours");
+  expect_equal(x, "odd lists, poisoned neighbours");
 }
 
 TEST_F(IndexerKlSparse, OneKeyGivesNoLossAndNoGradient) {
@@ -231,13 +231,13 @@ TEST_F(IndexerKlSparse, KeysSelectedByFp8Scores) {  // the loss and its gradient
     x.lengths[t] = 64;
   }
   x.draw_target(6);
-  check(x, "selected by e4m3 scores");
+  expect_equal(x, "selected by e4m3 scores");
 }
 
 TEST_F(IndexerKlSparse, LargeScores) {  // the softmax is nearly one-hot, p is far from it
   Problem x(30, 3000, 64, 512, 31);
   fill_normal_f32(x.w.data(), x.w.size(), 5, 0, 1);
-  check(x, "scores of hundreds");
+  expect_equal(x, "scores of hundreds");
 }
 
 TEST_F(IndexerKlSparse, RepeatsBitForBit) {

@@ -178,7 +178,7 @@ class IndexerKl : public testing::Test {
     }
   }
 
-  void check(const Shape& shape, uint64_t seed) {
+  void expect_equal(const Shape& shape, uint64_t seed) {
     const Problem problem(shape, seed);
     const AttentionMassParams p = problem.params();
     std::vector<int64_t> rows;
@@ -225,23 +225,23 @@ class IndexerKl : public testing::Test {
 };
 
 TEST_F(IndexerKl, Lengths) {
-  for (const int64_t n : {1, 127, 128, 129}) check({n, n, 128, Ranges::CAUSAL, 64}, n);
-  check({4097, 4097, 16, Ranges::CAUSAL, 512}, 5);
-  check({300, 32769, 8, Ranges::CAUSAL, 2048}, 6);
-  check({16, 131072, 128, Ranges::CAUSAL, 2048}, 7);
+  for (const int64_t n : {1, 127, 128, 129}) expect_equal({n, n, 128, Ranges::CAUSAL, 64}, n);
+  expect_equal({4097, 4097, 16, Ranges::CAUSAL, 512}, 5);
+  expect_equal({300, 32769, 8, Ranges::CAUSAL, 2048}, 6);
+  expect_equal({16, 131072, 128, Ranges::CAUSAL, 2048}, 7);
 }
 
-TEST_F(IndexerKl, Small) { check({40, 300, 2, Ranges::CAUSAL, 16, true}, 3); }
+TEST_F(IndexerKl, Small) { expect_equal({40, 300, 2, Ranges::CAUSAL, 16, true}, 3); }
 
 TEST_F(IndexerKl, Heads) {
-  for (const int heads : {1, 2, 3, 64}) check({200, 900, heads, Ranges::CAUSAL, 128, true}, 20 + heads);
+  for (const int heads : {1, 2, 3, 64}) expect_equal({200, 900, heads, Ranges::CAUSAL, 128, true}, 20 + heads);
 }
 
 TEST_F(IndexerKl, RangesWeightsAndLayouts) {
   for (const bool wide : {true, false}) {
-    check({1500, 1500, 5, Ranges::PACKED, 64, true, wide, 400}, 31);
-    check({700, 2000, 4, Ranges::RANDOM, 100, true, wide, 400}, 32);
-    check({130, 517, 3, Ranges::ALL, 0, false, wide}, 33);
+    expect_equal({1500, 1500, 5, Ranges::PACKED, 64, true, wide, 400}, 31);
+    expect_equal({700, 2000, 4, Ranges::RANDOM, 100, true, wide, 400}, 32);
+    expect_equal({130, 517, 3, Ranges::ALL, 0, false, wide}, 33);
   }
 }
 

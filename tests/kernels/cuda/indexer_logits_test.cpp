@@ -102,7 +102,7 @@ class IndexerLogits : public testing::Test {
   }
 
   // Worst relative L2 error of the rows compared; for bf16, of those of at least 800 keys.
-  double check(const Shape& shape, uint64_t seed, int64_t most_rows = 24) {
+  double expect_equal(const Shape& shape, uint64_t seed, int64_t most_rows = 24) {
     const Problem problem(shape, seed);
     IndexerLogitsParams p = problem.params();
     const DeviceArray<float> out = poisoned(p.queries * p.logits_stride);
@@ -151,12 +151,12 @@ TEST_F(IndexerLogits, HeadsAndSizes) {
   for (const IndexerDtype dtype : {IndexerDtype::E4M3, IndexerDtype::BF16}) {
     double worst = 0;
     for (const int heads : {64, 32, 16, 8, 4, 1, 48})
-      worst = std::max(worst, check({130, 1000, heads, 128, dtype, Ranges::CAUSAL}, 11 + heads));
+      worst = std::max(worst, expect_equal({130, 1000, heads, 128, dtype, Ranges::CAUSAL}, 11 + heads));
     for (const int64_t queries : {1, 3, 4097})
-      for (const int64_t keys : {1, 7, 63, 128, 129, 2049}) check({queries, keys, 64, 128, dtype, Ranges::NONE}, 31 * keys + queries);
+      for (const int64_t keys : {1, 7, 63, 128, 129, 2049}) expect_equal({queries, keys, 64, 128, dtype, Ranges::NONE}, 31 * keys + queries);
     for (const int64_t queries : {1, 3, 261})
-      worst = std::max(worst, check({queries, 131073, 64, 128, dtype, Ranges::CAUSAL}, queries, 8));
-    worst = std::max(worst, check({130, 1000, 64, 64, dtype, Ranges::CAUSAL}, 5));
+      worst = std::max(worst, expect_equal({queries, 131073, 64, 128, dtype, Ranges::CAUSAL}, queries, 8));
+    worst = std::max(worst, expect_equal({130, 1000, 64, 64, dtype, Ranges::CAUSAL}, 5));
     std::printf("worst relative L2 of a causal row, %s: %.2e\n", dtype == IndexerDtype::E4M3 ? "e4m3" : "bf16", worst);
   }
 }
@@ -164,14 +164,14 @@ TEST_F(IndexerLogits, HeadsAndSizes) {
 // Every length up to past the one from which the e4m3 instructions are exact enough, weights of both signs.
 TEST_F(IndexerLogits, ShortRowsOfE4m3) {
   for (const int heads : {64, 16}) {
-    const double worst = check({1100, 1100, heads, 128, IndexerDtype::E4M3, Ranges::CAUSAL}, 23 + heads, 1100);
+    const double worst = expect_equal({1100, 1100, heads, 128, IndexerDtype::E4M3, Ranges::CAUSAL}, 23 + heads, 1100);
     std::printf("worst relative L2 of rows of 1 to 1100 keys, %d heads: %.2e\n", heads, worst);
   }
 }
 
 TEST_F(IndexerLogits, RandomRanges) {
   for (const IndexerDtype dtype : {IndexerDtype::E4M3, IndexerDtype::BF16})
-    for (const int heads : {64, 16, 8}) check({700, 3000, heads, 128, dtype, Ranges::RANDOM}, 77 + heads, 128);
+    for (const int heads : {64, 16, 8}) expect_equal({700, 3000, heads, 128, dtype, Ranges::RANDOM}, 77 + heads, 128);
 }
 
 TEST_F(IndexerLogits, FillsOutside) {

@@ -28,7 +28,7 @@ class TopKSelect : public testing::Test {
   }
 
   // scores [rows][stride] with the given ranges (empty: all columns); skip: floats before the first row (alignment).
-  static void check(const std::vector<float>& scores, int64_t rows, int64_t columns, int64_t stride, int k,
+  static void expect_equal(const std::vector<float>& scores, int64_t rows, int64_t columns, int64_t stride, int k,
                     const std::vector<int32_t>& starts, const std::vector<int32_t>& ends, const std::string& what,
                     int64_t skip = 0) {
     const DeviceArray<float> logits(scores);
@@ -69,9 +69,9 @@ TEST_F(TopKSelect, RandomRows) {
   for (const int k : {64, 512, 1000, 2048, 4096})
     for (const int64_t n : {1, 3, 63, 2047, 2048, 2049, 4097, 8191, 8192, 8193, 9000, 16385, 40000, 131073}) {
       const int64_t stride = n + (n % 3);
-      check(random_rows(8 + 6 * stride, n + k), 6, n, stride, k, {}, {}, "random", n % 4);
+      expect_equal(random_rows(8 + 6 * stride, n + k), 6, n, stride, k, {}, {}, "random", n % 4);
     }
-  check(random_rows(2 << 20, 5), 2, 1 << 20, 1 << 20, 2048, {}, {}, "a million");
+  expect_equal(random_rows(2 << 20, 5), 2, 1 << 20, 1 << 20, 2048, {}, {}, "a million");
 }
 
 TEST_F(TopKSelect, ThousandRowsWithRanges) {
@@ -82,7 +82,7 @@ TEST_F(TopKSelect, ThousandRowsWithRanges) {
     starts[t] = t % 3 ? 0 : static_cast<int32_t>(random() % columns) - 5;
     ends[t] = starts[t] + static_cast<int32_t>(random() % columns);
   }
-  check(random_rows(rows * columns, 17), rows, columns, columns, 2048, starts, ends, "ranges");
+  expect_equal(random_rows(rows * columns, 17), rows, columns, columns, 2048, starts, ends, "ranges");
 }
 
 TEST_F(TopKSelect, AdversarialRows) {
@@ -125,7 +125,7 @@ TEST_F(TopKSelect, AdversarialRows) {
         const int64_t rows = 2;
         std::vector<float> scores(rows * n);
         for (int64_t i = 0; i < rows * n; ++i) scores[i] = kind.value(i % n, n);
-        check(scores, rows, n, n, k, {}, {}, kind.name);
+        expect_equal(scores, rows, n, n, k, {}, {}, kind.name);
       }
 }
 
