@@ -5,29 +5,19 @@
 
 #include "data/digest.h"
 #include "data/error.h"
+#include "data/splitmix64.h"
 
 namespace dsa {
-namespace {
-
-// splitmix64's finaliser (Steele, Lea, Flood 2014).
-uint64_t mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-}  // namespace
 
 uint64_t permute(uint64_t index, uint64_t n, uint64_t seed, uint64_t epoch) {
   if (index >= n) throw std::out_of_range("permute: index " + std::to_string(index) + " of " + std::to_string(n));
   int half = 1;  // bits of a half: 4^half >= n, so fewer than four walks on average
   while (half < 32 && (uint64_t{1} << (2 * half)) < n) ++half;
-  const uint64_t mask = (uint64_t{1} << half) - 1, key = mix(mix(seed) ^ epoch);
+  const uint64_t mask = (uint64_t{1} << half) - 1, key = splitmix64(splitmix64(seed) ^ epoch);
   do {
     uint64_t left = index >> half, right = index & mask;
     for (uint64_t round = 0; round < 6; ++round) {
-      const uint64_t next = left ^ (mix(key ^ mix(right * 6 + round)) & mask);
+      const uint64_t next = left ^ (splitmix64(key ^ splitmix64(right * 6 + round)) & mask);
       left = right;
       right = next;
     }

@@ -8,23 +8,16 @@
 #include <numbers>
 
 #include "data/error.h"
+#include "data/splitmix64.h"
 
 namespace dsa {
 namespace {
 
 constexpr int64_t kGrain = 4096;  // elements that are worth a thread
 
-// splitmix64 (Steele, Lea, Flood 2014): a bijective mix of 64 bits.
-uint64_t mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15ull;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
-
 uint64_t hash(uint64_t seed, const std::string& name) {
-  uint64_t h = mix(seed);
-  for (const unsigned char c : name) h = mix(h ^ c);
+  uint64_t h = splitmix64(seed);
+  for (const unsigned char c : name) h = splitmix64(h ^ c);
   return h;
 }
 
@@ -32,8 +25,8 @@ double uniform(uint64_t bits) { return (static_cast<double>(bits >> 11) + 0.5) *
 
 // Box-Muller from two counters; element i of a tensor depends on (key, i) alone.
 double normal(uint64_t key, uint64_t i) {
-  const double radius = std::sqrt(-2 * std::log(uniform(mix(key ^ mix(2 * i)))));
-  return radius * std::cos(2 * std::numbers::pi * uniform(mix(key ^ mix(2 * i + 1))));
+  const double radius = std::sqrt(-2 * std::log(uniform(splitmix64(key ^ splitmix64(2 * i)))));
+  return radius * std::cos(2 * std::numbers::pi * uniform(splitmix64(key ^ splitmix64(2 * i + 1))));
 }
 
 template <typename T>

@@ -11,6 +11,7 @@
 
 #include <unistd.h>
 
+#include "data/splitmix64.h"
 #include "trainer/checkpoint/state_shard.h"
 
 namespace dsa::test {
@@ -55,24 +56,17 @@ inline std::vector<TensorKind> synthetic_tensors() {
 
 inline int bytes_per_element(Dtype dtype) { return dtype == Dtype::F64 ? 8 : dtype == Dtype::F32 ? 4 : 2; }
 
-inline uint64_t mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
 /// The bytes of a box.
 inline std::vector<char> make_box(const TensorKind& kind, const Box& box, uint64_t salt) {
-  uint64_t seed = mix(salt * 8 + static_cast<uint64_t>(kind.role));
-  for (char c : kind.name) seed = mix(seed + static_cast<unsigned char>(c));
+  uint64_t seed = splitmix64(salt * 8 + static_cast<uint64_t>(kind.role));
+  for (char c : kind.name) seed = splitmix64(seed + static_cast<unsigned char>(c));
   const int size = bytes_per_element(kind.dtype);
   std::vector<char> bytes(numel(box.extent) * size);
   std::vector<int64_t> at = box.offset;
   for (size_t i = 0; i < bytes.size(); i += size) {
     uint64_t index = 0;
     for (size_t d = 0; d < at.size(); ++d) index = index * kind.shape[d] + at[d];
-    const uint64_t value = mix(seed + index);
+    const uint64_t value = splitmix64(seed + index);
     std::memcpy(bytes.data() + i, &value, size);
     for (size_t d = at.size(); d-- > 0;) {
       if (++at[d] < box.offset[d] + box.extent[d]) break;
