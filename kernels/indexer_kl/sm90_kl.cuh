@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/pace.cuh"
 #include "kernels/indexer_kl/params.h"
 
 namespace dsa::indexer_kl_sm90 {
@@ -78,11 +79,9 @@ struct Row {
 /// A cluster's work: rows from kClusterRows * x on, keys from kTileKeys * y on.
 using Tile = int2;
 
-constexpr int kSteps = 8;  // counters of the clusters' common pace, see sm90_target.cu
-
 struct Workspace {
   int* tile_count;
-  int* pace;           // [kSteps], zero before the tiles are worked on
+  int* pace;           // [Pace::kCounters], zero before the tiles are worked on
   Tile* tiles;
   RowScores* scores;   // [T]
   Sums* partial_sums;  // [T][key_tiles]
@@ -96,7 +95,7 @@ struct Workspace {
       return p;
     };
     tile_count = static_cast<int*>(take(sizeof(int)));
-    pace = static_cast<int*>(take(kSteps * sizeof(int)));
+    pace = static_cast<int*>(take(cuda::Pace::kCounters * sizeof(int)));
     tiles = static_cast<Tile*>(take((queries + kClusterRows - 1) / kClusterRows * key_tiles * sizeof(Tile)));
     scores = static_cast<RowScores*>(take(queries * sizeof(RowScores)));
     partial_sums = static_cast<Sums*>(take(queries * key_tiles * sizeof(Sums)));

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kListThreads) list_tiles(const AttentionMassPa
   __shared__ int sums[kListThreads / 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, keys = static_cast<int>(p.keys);
   const int64_t blocks = (p.queries + kClusterRows - 1) / kClusterRows;
-  if (threadIdx.x < kSteps) pace[threadIdx.x] = 0;
+  if (threadIdx.x < cuda::Pace::kCounters) pace[threadIdx.x] = 0;
   int done = 0;
   for (int64_t first = 0; first < blocks; first += kListRows) {
     __syncthreads();

@@ -21,6 +21,7 @@
 
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/pace.cuh"
 #include "kernels/cuda/quantum_sums.cuh"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/tma.cuh"
@@ -38,9 +39,8 @@ constexpr int kPanelBytes = 64 * 128;   // 64 columns of 64 rows, 128-byte swizz
 constexpr int kStages = 3;
 constexpr int kThreads = 256;
 constexpr int kMostEntries = 4096;
-constexpr int kPaceSteps = 8;                    // of a row, and counters
+constexpr int kPaceSteps = 8;           // of a row
 constexpr int64_t kPaceBytes = int64_t{20} << 20;  // of dk_sum: with more, CTAs keep pace
-constexpr int64_t kPatience = 200000;            // cycles
 
 struct Shared {
   alignas(1024) char q[2 * kPanelBytes];
@@ -71,7 +71,7 @@ struct Arguments {
   void* dq;
   bool dq_bf16;
   float *dw, *dk_sum;
-  int* pace;    // [kPaceSteps], null: no pace is kept
+  int* pace;    // [Pace::kCounters], null: no pace is kept
   float magic;  // 1.5 * 2^23 quanta: adding it rounds to a quantum
 
   __device__ __forceinline__ int length(int64_t t) const { return lengths ? min(max(__ldg(lengths + t), 0), k) : k; }
@@ -93,29 +93,6 @@ __device__ __forceinline__ void prefetch(const void* from, int n) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + i * 128));
 }
 
-// Every step a CTA waits until all have begun the step before. Nobody relies on it: a CTA that has waited for kPatience cycles
-// (others may not be running yet) goes its own way from there on.
-struct Pace {
-  int* counters;
-  int step = 0;
-  bool kept = true;
-
-  __device__ __forceinline__ void begin_step() {
-    asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counters + step % kPaceSteps) : "memory");
-    if (step > 0 && kept) {
-      const int* before = counters + (step - 1) % kPaceSteps;
-      const int wanted = ((step - 1) / kPaceSteps + 1) * static_cast<int>(gridDim.x);
-      const int64_t from = clock64();
-      for (int seen = 0; kept;) {
-        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(before) : "memory");
-        if (seen >= wanted) break;
-        kept = clock64() - from < kPatience;
-      }
-    }
-    ++step;
-  }
-};
-
 // The list of a row, then its tiles, twice. Thread i copies 16 bytes, chunk i % 16, of rows i / 16 + 8j of a tile.
 __device__ void gather_tiles(const Arguments& a, Shared& s) {
   const int thread = threadIdx.x - 128, chunk = thread % 16, first_row = thread / 16;
@@ -125,7 +102,7 @@ __device__ void gather_tiles(const Arguments& a, Shared& s) {
   int* const list = keys_of(s);
   int stage = 0;
   uint32_t parity = 0, list_parity = 1;
-  Pace pace{a.pace};
+  cuda::Pace pace{a.pace};
   for (int64_t t = blockIdx.x; t < a.queries; t += gridDim.x) {
     const int length = a.length(t), tiles = tiles_of(length);
     const int32_t* row = a.indices + t * a.indices_stride;
@@ -148,7 +125,7 @@ __device__ void gather_tiles(const Arguments& a, Shared& s) {
     int steps = paced ? 0 : kPaceSteps;
     for (int i = 0; i < 2 * tiles; ++i) {
       if (steps < kPaceSteps && (i - tiles) * kPaceSteps >= steps * tiles) {
-        if (thread == 0) pace.begin_step();
+        if (thread == 0) pace.begin_step(gridDim.x);
         cuda::barrier_sync<2, 128>();
         ++steps;
       }
@@ -165,7 +142,7 @@ __device__ void gather_tiles(const Arguments& a, Shared& s) {
       if (++stage == kStages) stage = 0, parity ^= 1;
     }
     if (thread == 0)
-      for (; steps < kPaceSteps; ++steps) pace.begin_step();
+      for (; steps < kPaceSteps; ++steps) pace.begin_step(gridDim.x);
   }
 }
 
@@ -460,7 +437,7 @@ bool sm90_supports(const IndexerKlSparseParams& p, const char** why_not) {
   return true;
 }
 
-size_t indexer_kl_sparse_workspace_bytes() { return indexer_kl_sparse_sm90::kPaceSteps * sizeof(int); }
+size_t indexer_kl_sparse_workspace_bytes() { return cuda::Pace::kCounters * sizeof(int); }
 
 void launch_indexer_kl_sparse_sm90(const IndexerKlSparseParams& p) {
   using namespace indexer_kl_sparse_sm90;
@@ -475,7 +452,7 @@ void launch_indexer_kl_sparse_sm90(const IndexerKlSparseParams& p) {
       p.q, {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, {kDim, uint64_t(p.heads), uint64_t(p.queries)}, {kDim * 2, uint64_t(p.q_stride) * 2},
             {64, kHeads, 1}});
   int* const pace = p.keys * kDim * int64_t{sizeof(float)} > kPaceBytes ? static_cast<int*>(p.workspace) : nullptr;
-  if (pace) cuda::check(cudaMemsetAsync(pace, 0, kPaceSteps * sizeof(int), p.stream), "clear the pace of indexer_kl");
+  if (pace) cuda::check(cudaMemsetAsync(pace, 0, cuda::Pace::kCounters * sizeof(int), p.stream), "clear the pace of indexer_kl");
   const Arguments a{p.queries, static_cast<int>(p.keys), p.heads, p.k, static_cast<const char*>(p.key), p.k_stride * 2, p.w, p.w_stride,
                     p.indices, p.indices_stride, p.lengths, p.p_sel, p.p_stride, p.loss_scale, p.row_weight, p.kl, p.entropy_target,
                     p.entropy_prediction, p.dq, p.dq_bf16, p.dw, p.dk_sum, pace, p.quantum * 0x1.8p23f};

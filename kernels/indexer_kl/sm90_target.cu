@@ -15,6 +15,7 @@
 
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/pace.cuh"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/tma.cuh"
 #include "kernels/cuda/wgmma.cuh"
@@ -75,32 +76,9 @@ struct Stage {
 __device__ __forceinline__ int cluster_index() { return blockIdx.x / kRowShare; }
 __device__ __forceinline__ int clusters() { return gridDim.x / kRowShare; }
 
-// Clusters that run together read the same queries and keys: as long as they stay together, all but the first find them in
-// the L2 cache. Every kPaceHeads heads a cluster waits until all have begun the step before. Nobody relies on it: a
-// cluster that has waited for kPatience cycles (others may not be running yet) goes its own way from there on.
-constexpr int kPaceHeads = 4;
-constexpr int64_t kPatience = 200000;
-
-struct Pace {
-  int* counters;
-  int step = 0;
-  bool kept = true;
-
-  __device__ __forceinline__ void begin_step() {
-    asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(counters + step % kSteps) : "memory");
-    if (step > 0 && kept) {
-      const int* before = counters + (step - 1) % kSteps;
-      const int wanted = ((step - 1) / kSteps + 1) * clusters();
-      const int64_t from = clock64();
-      for (int seen = 0; kept;) {
-        asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(before) : "memory");
-        if (seen >= wanted) break;
-        kept = clock64() - from < kPatience;
-      }
-    }
-    ++step;
-  }
-};
+// Clusters that run together read the same queries and keys: as long as they keep pace, all but the first find them in the
+// L2 cache.
+constexpr int kPaceHeads = 4;  // of a step
 
 // One thread fills the rings.
 template <bool kLoss>
@@ -109,7 +87,7 @@ __device__ void copy_tiles(const CUtensorMap* map_q, const CUtensorMap* map_k, c
   constexpr int kKeyShare = kTileKeys / 2 / kRowShare;  // keys of a half that this block copies
   Stage q, k;
   uint32_t rope_phase = 1;
-  Pace pace{a.pace};
+  cuda::Pace pace{a.pace};
   const int together = count / clusters() * clusters();  // tiles of rounds in which every cluster has one
   for (int i = cluster_index(); i < count; i += clusters()) {
     const Tile tile = a.tiles[i];
@@ -121,7 +99,7 @@ __device__ void copy_tiles(const CUtensorMap* map_q, const CUtensorMap* map_k, c
       cuda::tma_load_2d(s.rope + half * kKeyPanel + rank * kKeyShare * kPanelRowBytes, map_rope, &s.rope_full, 0,
                         key + half * (kTileKeys / 2) + rank * kKeyShare, kAllBlocks);
     for (int h = 0; h < a.heads; ++h) {
-      if (rank == 0 && h % kPaceHeads == 0 && i < together) pace.begin_step();
+      if (rank == 0 && h % kPaceHeads == 0 && i < together) pace.begin_step(clusters());
       cuda::mbarrier_wait(&s.q_empty[q.index], q.phase ^ 1);
       cuda::mbarrier_arrive_expect(&s.q_full[q.index], kQueryBytes);
       for (int panel = 0; panel < 3; ++panel)
