@@ -1,39 +1,65 @@
 // Which quantum the fixed-quantum sums of a backward pass are rounded to (sparse_mla/params.h, indexer_kl/sparse_params.h).
 //
-// Sums are exact, and so independent of their order, when every contribution is a multiple of a quantum and no sum passes
-// 2^23 quanta. To give the same bits whatever ran before, the quantum used in the end is a function of the inputs: the power
-// of 16 next above 4 * amax / 2^23, amax being the greatest magnitude of the sums. It is guessed from the call before (which
-// seldom errs, amax moving slowly), and the pass is run again when the guess was wrong. The quantum is at most 16 times
-// coarser than needed: an error of at most 1e-3 of a sum, on average far below bf16's own rounding.
+// Sums of integers do not depend on their order. Every contribution is rounded to a multiple of a quantum, a power of two, and
+// the sums are kept as integers of 21 bits. To give the same bits whatever ran before, the quantum used in the end is a
+// function of the inputs: the finest power of 16 with which no sum passes kMostQuanta. It is guessed from the call before
+// (which seldom errs, the greatest magnitude moving slowly), and the pass is run again when the guess was wrong.
+// The greatest sum has 61,440 to 983,040 quanta; a sum of n contributions errs by about 0.3 sqrt(n) of them.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <stdexcept>
-#include <string>
+#include <cstdint>
 
 namespace dsa {
 
+/// What the end of a pass says of its sums.
+struct QuantumReport {
+  uint32_t most;        ///< greatest magnitude of a sum, in quanta
+  uint32_t difference;  ///< of two checksums; not 0: some sum or contribution left its range, and `most` means nothing
+};
+
 class QuantumGuess {
  public:
-  /// pass(quantum) computes the sums from scratch and returns amax (it synchronises with the device).
+  static constexpr uint32_t kMostQuanta = 983'040;  // 15/16 of what 21 bits hold
+
+  /// pass(quantum) computes the sums from scratch and returns a QuantumReport (it synchronises with the device). Afterwards
+  /// the sums are those of the last pass. False if no quantum holds them: some contribution is infinite or NaN.
   template <typename Pass>
-  void run(const char* op, const Pass& pass) {
-    for (int attempt = 0; attempt < kAttempts; ++attempt) {
-      const int exponent = exponent_;
-      const float amax = pass(std::ldexp(1.0f, exponent));
-      // No finite quantum holds what is not finite; all zero needs none. Both are the same on every run.
-      if (!std::isfinite(amax) || amax == 0) return;
-      const int fitting = kGrid * static_cast<int>(std::ceil((std::log2(4.0 * amax) - kQuanta) / kGrid));
-      if (fitting == exponent) return;
-      exponent_ = fitting;
+  bool run(const Pass& pass) {
+    int failed = kLeast - kGrid, held = kGreatest + kGrid;  // known bounds of the finest exponent that holds
+    for (int exponent = exponent_; exponent <= kGreatest;) {
+      const QuantumReport r = pass(std::ldexp(1.0f, exponent));
+      if (r.difference || r.most > kMostQuanta) {
+        failed = exponent;
+        if (held > kGreatest) exponent += r.difference ? 5 * kGrid : kGrid;
+        else exponent = std::min(held, exponent + std::max(kGrid, (held - exponent) / (2 * kGrid) * kGrid));
+        continue;
+      }
+      // Rounding makes the greatest sums of two quanta differ a little: near the edge only a pass can tell.
+      if (exponent - kGrid <= failed || r.most > kMostQuanta / kStep + kEdge) {
+        exponent_ = exponent;
+        return true;
+      }
+      held = exponent;
+      exponent = std::max(failed + kGrid, exponent - finer(r.most));
     }
-    throw std::runtime_error(std::string("cannot sum the gradients of ") + op + " (no quantum fits them: they are near the edge "
-                             "of fp32) look for overflow before it, or lower the learning rate");
+    return false;
   }
 
  private:
-  static constexpr int kQuanta = 23, kGrid = 4, kAttempts = 8;
+  static constexpr int kGrid = 4, kStep = 1 << kGrid;
+  static constexpr uint32_t kEdge = 500;  // quanta, of 61,440
+  static constexpr int kLeast = -136, kGreatest = 96;  // 1.5 * 2^23 quanta stay a normal number
+
+  // By how much finer a quantum may be that makes `most` quanta the most allowed.
+  static int finer(uint32_t most) {
+    if (most == 0) return 6 * kGrid;
+    const int bits = static_cast<int>(std::floor(std::log2(static_cast<double>(kMostQuanta) / most)));
+    return std::max(bits / kGrid, 1) * kGrid;
+  }
+
   std::atomic<int> exponent_{-32};
 };
 

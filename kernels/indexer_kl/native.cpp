@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "kernels/indexer_kl/dense_params.h"
 #include "kernels/indexer_kl/sparse_params.h"
@@ -208,13 +209,15 @@ IndexerLoss indexer_kl_sparse(const at::Tensor& p_TK, const TopK& selected, cons
   const at::Tensor workspace = at::empty({static_cast<int64_t>(p.workspace_bytes)}, x.q.options().dtype(at::kByte));
   p.workspace = workspace.data_ptr();
   p.stream = current_stream(x.q);
-  quantum.run("indexer_kl", [&](float q) {
+  const bool finite = quantum.run([&](float q) {
     sum.zero_();
     p.quantum = q;
     launch_indexer_kl_sparse_sm90(p);
     launch_indexer_kl_sparse_finish_sm90(p.dk_sum, S, out.gradients.dk_SD.data_ptr(), /*bf16=*/false, amax.data_ptr<float>(), p.stream);
-    return amax.item<float>();
+    const float most = amax.item<float>() / q;
+    return QuantumReport{static_cast<uint32_t>(std::min(most, 4e9f)), !(most < 4e9f)};
   });
+  if (!finite) out.gradients.dk_SD.fill_(std::numeric_limits<float>::quiet_NaN());
   return out;
 }
 

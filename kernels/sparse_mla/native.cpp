@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "kernels/native.h"
 #include "kernels/quantum.h"
@@ -85,13 +86,15 @@ reference::SparseMlaGradients sparse_mla_backward(const at::Tensor& do_THC, cons
   const at::Tensor workspace = at::empty({static_cast<int64_t>(p.workspace_bytes)}, q.options().dtype(at::kByte));
   p.workspace = workspace.data_ptr();
   launch_sparse_mla_delta_sm90(p, o.const_data_ptr(), delta.data_ptr<float>());
-  quantum.run("sparse_mla", [&](float q) {
+  const bool finite = quantum.run([&](float q) {
     sum.zero_();
     p.quantum = q;
     launch_sparse_mla_backward_sm90(p);
     launch_sparse_mla_finish_sm90(p.dkv_sum, S, out.dkv_SE.data_ptr(), /*bf16=*/true, amax.data_ptr<float>(), p.stream);
-    return amax.item<float>();
+    const float most = amax.item<float>() / q;
+    return QuantumReport{static_cast<uint32_t>(std::min(most, 4e9f)), !(most < 4e9f)};
   });
+  if (!finite) out.dkv_SE.fill_(std::numeric_limits<float>::quiet_NaN());
   out.mass_TK.mul_(static_cast<double>(H));
   return out;
 }
