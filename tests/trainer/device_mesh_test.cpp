@@ -1,5 +1,5 @@
 // What a mesh computes in the precisions of real training, on the host and on GPUs, equals one device: losses and
-// gradient norms of WARMUP and SPARSE steps on each mesh of two ranks.
+// gradient norms of WARMUP and SPARSE steps on meshes of two and of four ranks.
 //
 // fp64: 1e-9 relative over two steps. fp32: 1e-5 over two steps, over the first one in SPARSE, where after an update one
 // device's own fp32 norms lie 1e-4 from fp64's. bf16: the first step, within bounds that follow from the roundings. Both
@@ -66,6 +66,18 @@ void write_gpu_model(const test::Scratch& scratch) {
   std::ofstream(scratch / "config.json") << c.to_json(HfFormat::V31, HfDtype::FP32);
 }
 
+int ranks() {
+  int size = 0;
+  MPI_Comm_size(MPI_COMM_WORLD, &size);
+  return size;
+}
+
+std::vector<Degrees> shapes_of_meshes() {
+  if (ranks() == 2) return {{.data = 2}, {.data = 2, .expert = 2}, {.context = 2}, {.tensor = 2}};
+  return {{.data = 4, .expert = 4}, {.data = 2, .context = 2, .expert = 2}, {.data = 2, .tensor = 2, .expert = 2},
+          {.context = 2, .tensor = 2, .expert = 4}};
+}
+
 struct Numbers {
   double lm_loss, mtp_loss, kl, backbone_norm, indexer_norm;
 };
@@ -99,12 +111,11 @@ class DeviceMesh : public testing::TestWithParam<std::tuple<On, std::string>> {
  protected:
   using Labelled = std::pair<std::string, std::unique_ptr<Mesh>>;
 
-  /// Each mesh of two ranks there. The tests share them: every group of a mesh on GPUs takes a while to open.
+  /// The meshes, there. The tests share them: every group of a mesh on GPUs takes a while to open.
   static const std::vector<Labelled>& meshes_on(at::Device device) {
     std::vector<Labelled>& meshes = meshes_[device.is_cpu() ? 0 : 1];
     if (!meshes.empty()) return meshes;
-    for (const Degrees& d :
-         {Degrees{.data = 2}, Degrees{.data = 2, .expert = 2}, Degrees{.context = 2}, Degrees{.tensor = 2}})
+    for (const Degrees& d : shapes_of_meshes())
       meshes.emplace_back("data " + std::to_string(d.data) + " context " + std::to_string(d.context) + " tensor " +
                               std::to_string(d.tensor) + " expert " + std::to_string(d.expert),
                           std::make_unique<Mesh>(d, /*check_calls=*/false, device));
@@ -123,7 +134,7 @@ TEST_P(DeviceMesh, EqualsOneDevice) {
   const auto where = test::device_for(on);
   if (!where) GTEST_SKIP() << test::kNoGpus;
   const at::Device device = *where;
-  const Mesh control({.data = 2});
+  const Mesh control({.data = ranks()});
   Communicator& world = control.along(Axis::WORLD);
   const bool first = world.rank() == 0;
   test::Scratch scratch(world);
