@@ -42,10 +42,10 @@ class Bench {
   Bench(Communicator& group, at::Device device, bool quick) : group_(group), device_(device), quick_(quick) {}
 
   at::Tensor tensor(std::vector<int64_t> shape, at::ScalarType dtype = at::kBFloat16) const {
-    return at::empty(shape, at::TensorOptions(dtype).device(device_)).zero_();
+    return at::empty(shape, at::TensorOptions(dtype).device(device_)).normal_();
   }
 
-  /// received: bytes from the others. The median over samples of ten calls each, of the slowest rank.
+  /// received: bytes from the others; peer: GB/s on two GPUs. The median over samples of ten calls each, of the slowest rank.
   void measure(const std::string& name, double received, const std::function<void()>& call, double peer = 0) {
     if (quick_ && received > 64e6) return;
     constexpr int kCalls = 10, kSamples = 5;
@@ -63,7 +63,7 @@ class Bench {
     }
     std::sort(times.begin(), times.end());
     const double seconds = times[kSamples / 2];
-    const Measurement m{name, seconds * 1e6, received / seconds / 1e9, peer};
+    const Measurement m{name, seconds * 1e6, received / seconds / 1e9, group_.size() == 2 ? peer : 0};
     if (group_.rank() == 0) {
       std::printf("%-62s %9.1f us", m.name.c_str(), m.microseconds);
       if (received > 0) std::printf(" %8.1f GB/s", m.gigabytes_per_second);
