@@ -5,6 +5,7 @@
 #include "kernels/indexer_kl/native.h"
 #include "kernels/indexer_topk/native.h"
 #include "kernels/rms_norm/native.h"
+#include "kernels/rope/native.h"
 #include "kernels/sparse_mla/native.h"
 
 namespace dsa::native {
@@ -48,6 +49,9 @@ reference::SparseMlaGradients sparse_mla_backward(const at::Tensor&, const at::T
                                                   const at::Tensor&, const at::Tensor&, const at::Tensor&, double) {
   unreachable();
 }
+
+bool rope_supports(const at::Tensor&, const at::Tensor&, const RopeTable&, const char** why_not) { return refuse(why_not); }
+void rope(const at::Tensor&, const at::Tensor&, const RopeTable&, RopeLayout, bool) { unreachable(); }
 
 bool swiglu_supports(const at::Tensor&, const char** why_not) { return refuse(why_not); }
 void swiglu(const at::Tensor&, const at::Tensor&, const at::Tensor&) { unreachable(); }

@@ -10,6 +10,8 @@
 #include <cmath>
 
 #include "kernels/check.h"
+#include "kernels/native.h"
+#include "kernels/rope/native.h"
 
 namespace dsa {
 namespace {
@@ -17,36 +19,24 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// (a, b) -> (a cos - b sin, b cos + a sin); backward = the same with -sin.
-at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos_TR2, const at::Tensor& sin_TR2, RopeLayout layout) {
-  const int64_t half = cos_TR2.size(1);
-  std::vector<int64_t> table_shape(x.dim(), 1);
-  table_shape.front() = x.size(0);
-  table_shape.back() = half;
-  const at::Tensor c = cos_TR2.view(table_shape), s = sin_TR2.view(table_shape);
-  const at::Tensor wide = x.to(c.scalar_type());
-  at::Tensor out = at::empty_like(x, x.options(), at::MemoryFormat::Contiguous);
-  const auto part = [&](const at::Tensor& whole, int64_t which) {
-    return layout == RopeLayout::HALF ? whole.narrow(-1, which * half, half)
-                                      : whole.unflatten(-1, {half, 2}).select(-1, which);
-  };
-  const at::Tensor a = part(wide, 0), b = part(wide, 1);
-  part(out, 0).copy_((a * c).sub_(b * s));
-  part(out, 1).copy_((b * c).add_(a * s));
-  return out;
-}
-
 struct Rope : torch::autograd::Function<Rope> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cos_TR2,
                             const at::Tensor& sin_TR2, bool half_split) {
     ctx->save_for_backward({cos_TR2, sin_TR2});
     ctx->saved_data["half_split"] = half_split;
-    return rotate(x, cos_TR2, sin_TR2, half_split ? RopeLayout::HALF : RopeLayout::INTERLEAVED);
+    return rotated(x, {cos_TR2, sin_TR2}, half_split, /*inverse=*/false);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto layout = ctx->saved_data["half_split"].toBool() ? RopeLayout::HALF : RopeLayout::INTERLEAVED;
-    return {rotate(grads[0], saved[0], saved[1].neg(), layout), at::Tensor(), at::Tensor(), at::Tensor()};
+    return {rotated(grads[0], {saved[0], saved[1]}, ctx->saved_data["half_split"].toBool(), /*inverse=*/true), at::Tensor(),
+            at::Tensor(), at::Tensor()};
+  }
+
+ private:
+  static at::Tensor rotated(const at::Tensor& x, const RopeTable& table, bool half_split, bool inverse) {
+    const at::Tensor y = at::empty_like(x, x.options(), at::MemoryFormat::Contiguous);
+    rope_into(y, x, table, half_split ? RopeLayout::HALF : RopeLayout::INTERLEAVED, inverse);
+    return y;
   }
 };
 
@@ -76,6 +66,26 @@ RopeTable rope_table(const at::Tensor& positions_T, const RopeParameters& parame
   const at::Tensor frequency = rope_frequencies(parameters, dtype).to(positions_T.device());
   const at::Tensor angle = positions_T.to(frequency.scalar_type()).unsqueeze(1) * frequency;
   return {angle.cos(), angle.sin()};
+}
+
+void rope_into(const at::Tensor& y, const at::Tensor& x, const RopeTable& table, RopeLayout layout, bool inverse) {
+  const char* why_not = nullptr;
+  const bool on_gpu = native::rope_supports(y, x, table, &why_not);
+  ran("rope", on_gpu ? "sm90" : std::string("reference (") + why_not + ")");
+  if (on_gpu) return native::rope(y, x, table, layout, inverse);
+  const int64_t half = table.cos_TR2.size(1);
+  std::vector<int64_t> table_shape(x.dim(), 1);
+  table_shape.front() = x.size(0);
+  table_shape.back() = half;
+  const at::Tensor c = table.cos_TR2.view(table_shape), s = (inverse ? table.sin_TR2.neg() : table.sin_TR2).view(table_shape);
+  const at::Tensor wide = x.to(c.scalar_type());
+  const auto part = [&](const at::Tensor& whole, int64_t which) {
+    return layout == RopeLayout::HALF ? whole.narrow(-1, which * half, half)
+                                      : whole.unflatten(-1, {half, 2}).select(-1, which);
+  };
+  const at::Tensor a = part(wide, 0), b = part(wide, 1);
+  part(y, 0).copy_((a * c).sub_(b * s));
+  part(y, 1).copy_((b * c).add_(a * s));
 }
 
 at::Tensor apply_rope(const at::Tensor& x, const RopeTable& table, RopeLayout layout) {

@@ -43,4 +43,7 @@ RopeTable rope_table(const at::Tensor& positions_T, const RopeParameters& parame
 /// Differentiable in x (the inverse rotation).
 at::Tensor apply_rope(const at::Tensor& x, const RopeTable& table, RopeLayout layout);
 
+/// The same into y, which shares no memory with x; not differentiable. inverse: by the opposite angle, as a backward pass does.
+void rope_into(const at::Tensor& y, const at::Tensor& x, const RopeTable& table, RopeLayout layout, bool inverse);
+
 }  // namespace dsa

@@ -1,8 +1,10 @@
 // Dense and sparse attention against plain loops, finite differences, each other and Megatron's stored results.
+#include <ATen/ops/einsum.h>
 #include <ATen/ops/where.h>
 
 #include <cmath>
 
+#include "kernels/absorption/absorption.h"
 #include "kernels/dense_mla/dense_mla.h"
 #include "kernels/sparse_mla/sparse_mla.h"
 #include "kernels/topk_select/topk_select.h"
@@ -138,11 +140,12 @@ TEST(SparseMla, LatentFormEqualsMaskedMultiHead) {
                    q_rope = random_tensor({T, H, R}, 11), w_uk = random_tensor({H, N, C}, 12), w_uv = random_tensor({H, V, C}, 13);
   const at::Tensor k = at::cat({at::matmul(w_uk, latent.t()).permute({2, 0, 1}), k_rope.unsqueeze(1).expand({T, H, R})}, 2).contiguous();
   const at::Tensor v = at::matmul(w_uv, latent.t()).permute({2, 0, 1}).contiguous();
-  const at::Tensor q = at::cat({q_nope, q_rope}, 2);
-  const at::Tensor q_latent = at::cat({at::matmul(q_nope.transpose(0, 1), w_uk).transpose(0, 1), q_rope}, 2);
+  const RopeTable table = rope_table(at::arange(T) * 3, {.dim = R}, at::kDouble);
+  const at::Tensor q = at::cat({q_nope, apply_rope(q_rope, table, RopeLayout::INTERLEAVED)}, 2);
+  const at::Tensor q_latent = absorbed_queries(at::cat({q_nope, q_rope}, 2), w_uk, table);
   const TopK lists = random_lists(T, K, 14);
   const auto sparse = sparse_mla(q_latent, at::cat({latent, k_rope}, 1), lists.indices_TK, lists.lengths_T, kScale, C, 16, true);
-  const at::Tensor o_sparse = at::matmul(sparse.o_THC.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1);
+  const at::Tensor o_sparse = expanded_values(sparse.o_THC, w_uv);
   // Masked MHA row by row: dense attention over the gathered keys of that row alone.
   for (int64_t t = 0; t < T; ++t) {
     const int64_t n = lists.lengths_T[t].item<int>();
@@ -155,6 +158,35 @@ TEST(SparseMla, LatentFormEqualsMaskedMultiHead) {
   const auto dense = dense_mla(q, k, v, at::zeros({T}, at::kLong), at::arange(1, T + 1), kScale);
   EXPECT_LE(relative_distance(o_sparse.narrow(0, 0, K), dense.o_THV.narrow(0, 0, K)), 1e-13);
   EXPECT_GT(relative_distance(o_sparse.narrow(0, K, T - K), dense.o_THV.narrow(0, K, T - K)), 1e-2);
+}
+
+TEST(Absorption, ProductsAndTheirGradients) {
+  const int64_t T = 7, H = 3, P = 5, R = 4, C = 6;
+  const RopeTable table = rope_table(at::arange(T) * 11, {.dim = R}, at::kDouble);
+  expect_gradients([&](const auto& in) { return absorbed_queries(in[0], in[1], table); },
+                   {random_tensor({T, H, P + R}, 20), random_tensor({H, P, C}, 21)}, 1e-6);
+  expect_gradients([&](const auto& in) { return expanded_values(in[0], in[1]); },
+                   {random_tensor({T, H, C}, 22), random_tensor({H, P, C}, 23)}, 1e-6);
+  EXPECT_THROW(absorbed_queries(random_tensor({T, H, P}, 24), random_tensor({H, P, C}, 21), table), std::invalid_argument);
+  EXPECT_THROW(expanded_values(random_tensor({T, H, C + 1}, 25), random_tensor({H, P, C}, 23)), std::invalid_argument);
+}
+
+TEST(Absorption, LargeProductsOfEveryDtype) {
+  const int64_t T = 90, H = 4, P = 32, R = 16, C = 48;  // large enough for the library's own products
+  for (const auto& [dtype, bound] : {std::pair(at::kDouble, 1e-13), {at::kFloat, 1e-5}, {at::kBFloat16, 2e-2}}) {
+    const RopeTable table = rope_table(at::arange(T), {.dim = R}, dtype), exact = rope_table(at::arange(T), {.dim = R}, at::kDouble);
+    const at::Tensor x = random_tensor({T, H, P + R}, 30).to(dtype), w_whole = random_tensor({H, P + 3, C}, 31).to(dtype);
+    const at::Tensor w = w_whole.narrow(1, 3, P);  // rows of a wider matrix, as W_UK is of W_UKV
+    const at::Tensor y = absorbed_queries(x, w, table);
+    const at::Tensor X = x.to(at::kDouble), W = w.to(at::kDouble);
+    EXPECT_EQ(y.scalar_type(), dtype);
+    EXPECT_TRUE(y.is_contiguous());
+    EXPECT_LE(relative_distance(y.narrow(2, 0, C).to(at::kDouble), at::einsum("thp,hpc->thc", {X.narrow(2, 0, P), W})), bound);
+    EXPECT_LE(relative_distance(y.narrow(2, C, R).to(at::kDouble), apply_rope(X.narrow(2, P, R), exact, RopeLayout::INTERLEAVED)), bound);
+    const at::Tensor v = expanded_values(y.narrow(2, 0, C), w);  // rows apart
+    EXPECT_TRUE(v.is_contiguous());
+    EXPECT_LE(relative_distance(v.to(at::kDouble), at::einsum("thc,hvc->thv", {y.narrow(2, 0, C).to(at::kDouble), W})), bound);
+  }
 }
 
 TEST(SparseMla, MegatronsSparseAttention) {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "kernels/absorption/absorption.h"
 #include "kernels/cross_entropy/cross_entropy.h"
 #include "kernels/dense_mla/dense_mla.h"
 #include "kernels/grouped_mlp/grouped_mlp.h"
@@ -249,6 +250,42 @@ TEST_F(DeviceTest, RmsNorm) {
   const Pair wide({70, 576}, 26, gpu_);
   const at::Tensor w = at::full({512}, 1.5, at::kFloat);
   EXPECT_LT(relative_l2(rms_norm(wide.device.narrow(1, 0, 512), w.to(gpu_), 1e-6), rms_norm(wide.host.narrow(1, 0, 512), w.to(at::kDouble), 1e-6)), kBf16);
+}
+
+TEST_F(DeviceTest, RotationOfBothLayouts) {
+  for (const RopeLayout layout : {RopeLayout::INTERLEAVED, RopeLayout::HALF}) {
+    const Pair x({70, 5, 192}, 40, gpu_), dy({70, 5, 64}, 41, gpu_);
+    const at::Tensor positions = at::arange(70) * 1700;
+    const RopeTable table = rope_table(positions.to(gpu_), {}, at::kFloat), exact = rope_table(positions, {}, at::kFloat);
+    const RopeTable host{exact.cos_TR2.to(at::kDouble), exact.sin_TR2.to(at::kDouble)};
+    const at::Tensor got = apply_rope(x.device.narrow(2, 128, 64), table, layout), expected = apply_rope(x.host.narrow(2, 128, 64), host, layout);
+    EXPECT_LT(relative_l2(got, expected), kBf16);
+    got.backward(dy.device.detach());
+    expected.backward(dy.host.detach());
+    EXPECT_LT(relative_l2(x.device.grad(), x.host.grad()), kBf16);
+    const Pair rows({300, 64}, 42, gpu_);  // no heads
+    const at::Tensor many = at::arange(300) * 430;
+    const RopeTable last = rope_table(many.to(gpu_), {}, at::kFloat), same = rope_table(many, {}, at::kFloat);
+    EXPECT_LT(relative_l2(apply_rope(rows.device, last, layout),
+                          apply_rope(rows.host, {same.cos_TR2.to(at::kDouble), same.sin_TR2.to(at::kDouble)}, layout)), kBf16);
+  }
+}
+
+TEST_F(DeviceTest, AbsorptionOfTheUpProjections) {
+  const int64_t T = 130, H = 16;
+  const Pair q({T, H, 192}, 43, gpu_), w({H, 256, 512}, 44, gpu_, 0.05), o({T, H, 512}, 45, gpu_), dy({T, H, 576}, 46, gpu_), dv({T, H, 128}, 47, gpu_);
+  const at::Tensor positions = at::arange(T) * 900;
+  const RopeTable table = rope_table(positions.to(gpu_), {}, at::kFloat), exact = rope_table(positions, {}, at::kFloat);
+  const at::Tensor got = absorbed_queries(q.device, w.device.narrow(1, 0, 128), table);
+  const at::Tensor expected = absorbed_queries(q.host, w.host.narrow(1, 0, 128), {exact.cos_TR2.to(at::kDouble), exact.sin_TR2.to(at::kDouble)});
+  const at::Tensor v = expanded_values(o.device, w.device.narrow(1, 128, 128)), expected_v = expanded_values(o.host, w.host.narrow(1, 128, 128));
+  EXPECT_LT(relative_l2(got, expected), kBf16);
+  EXPECT_LT(relative_l2(v, expected_v), kBf16);
+  got.backward(dy.device.detach());
+  v.backward(dv.device.detach());
+  expected.backward(dy.host.detach());
+  expected_v.backward(dv.host.detach());
+  for (const Pair* p : {&q, &w, &o}) EXPECT_LT(relative_l2(p->device.grad(), p->host.grad()), kBf16);
 }
 
 TEST_F(DeviceTest, ExpertsOneOfThemIdle) {

@@ -3,7 +3,6 @@
 #include "trainer/model/mla.h"
 
 #include <ATen/ops/cat.h>
-#include <ATen/ops/einsum.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <c10/core/GradMode.h>
@@ -11,6 +10,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "kernels/absorption/absorption.h"
 #include "kernels/dense_mla/dense_mla.h"
 #include "kernels/rms_norm/rms_norm.h"
 #include "kernels/sparse_mla/sparse_mla.h"
@@ -67,15 +67,18 @@ at::Tensor Mla::forward(const at::Tensor& h_NM, const ForwardPass& pass, TopK& s
   return reduce_scatter_rows(u_TM, mesh_.along(Axis::TENSOR));
 }
 
+at::Tensor Mla::projected_queries(const at::Tensor& qr_RQ, const at::Tensor& q_b) const {
+  return at::linear(qr_RQ, q_b).view({qr_RQ.size(0), -1, nope_ + rope_});
+}
+
 at::Tensor Mla::queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const RopeTable& rope_R) const {
-  const at::Tensor q_RHD = at::linear(qr_RQ, q_b).view({qr_RQ.size(0), -1, nope_ + rope_});
+  const at::Tensor q_RHD = projected_queries(qr_RQ, q_b);
   return at::cat({q_RHD.narrow(2, 0, nope_), apply_rope(q_RHD.narrow(2, nope_, rope_), rope_R, RopeLayout::INTERLEAVED)}, 2);
 }
 
-at::Tensor Mla::latent_queries(const at::Tensor& q_RHD, const at::Tensor& kv_b) const {
+at::Tensor Mla::latent_queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const at::Tensor& kv_b, const RopeTable& rope_R) const {
   const at::Tensor b_HXC = kv_b.view({heads_, nope_ + value_, latent_});
-  return at::cat({at::einsum("rhp,hpc->rhc", {q_RHD.narrow(2, 0, nope_), b_HXC.narrow(1, 0, nope_)}),
-                  q_RHD.narrow(2, nope_, rope_)}, 2);
+  return absorbed_queries(projected_queries(qr_RQ, q_b), b_HXC.narrow(1, 0, nope_), rope_R);
 }
 
 at::Tensor Mla::attend_dense(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
@@ -132,8 +135,8 @@ at::Tensor Mla::attend_sparse(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, 
     const c10::NoGradGuard no_grad;
     const auto latent = [&](const at::Tensor& rows) {
       const RopeTable& rope = pass.batch.rope_T;
-      return latent_queries(queries(qr.index_select(0, rows), q_b_, {rope.cos_TR2.index_select(0, rows),
-                                                                     rope.sin_TR2.index_select(0, rows)}), kv_b_);
+      return latent_queries(qr.index_select(0, rows), q_b_, kv_b_,
+                            {rope.cos_TR2.index_select(0, rows), rope.sin_TR2.index_select(0, rows)});
     };
     sparse_indexer_loss({mesh_, layer_, all_heads_, scale_, indexer_->top_k()}, indexer, selection, target->mass_TK, latent,
                         kv, pass);
@@ -142,15 +145,15 @@ at::Tensor Mla::attend_sparse(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, 
                                                                                  const std::vector<at::Tensor>& in) {
     const auto rows = [&](const at::Tensor& x) { return x.narrow(0, block.begin, block.count); };
     const RopeTable& rope = pass.batch.rope_T;
-    const at::Tensor q_RHE = latent_queries(queries(in[0], in[2], {rows(rope.cos_TR2), rows(rope.sin_TR2)}), in[3]);
+    const at::Tensor q_RHE = latent_queries(in[0], in[2], in[3], {rows(rope.cos_TR2), rows(rope.sin_TR2)});
     MassReceiver receive;
     if (measures && backward_follows) receive = [learn, first = block.begin](const at::Tensor& mass) { learn(first, mass); };
     const SparseMlaOutput out = sparse_mla(q_RHE, in[1], rows(selection.indices_TK), rows(selection.lengths_T), scale_, latent_,
                                            pass.plan.query_block, measures && !backward_follows, receive);
     if (out.mass_TK.defined()) learn(block.begin, out.mass_TK);
     const at::Tensor b_HXC = in[3].view({heads_, nope_ + value_, latent_});
-    const at::Tensor o_RHV = at::einsum("rhc,hvc->rhv", {out.o_THC, b_HXC.narrow(1, nope_, value_)});
-    return at::linear(o_RHV.reshape({block.count, heads_ * value_}), in[4]);
+    const at::Tensor o_RHV = expanded_values(out.o_THC, b_HXC.narrow(1, nope_, value_));
+    return at::linear(o_RHV.view({block.count, heads_ * value_}), in[4]);
   };
   const int64_t bytes = heads_ * (2 * (nope_ + rope_) + 3 * (latent_ + rope_) + 2 * latent_ + 2 * value_) * qr_TQ.element_size();
   const int64_t block = std::max<int64_t>(pass.plan.block_bytes / bytes, 1);
