@@ -1,6 +1,8 @@
 #include "trainer/model/blockwise.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -98,7 +100,25 @@ struct Blockwise : torch::autograd::Function<Blockwise> {
   }
 };
 
+struct KnownLinear : torch::autograd::Function<KnownLinear> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x_NI, const at::Tensor& w_OI, const at::Tensor& y_NO) {
+    ctx->save_for_backward({x_NI, w_OI});
+    return y_NO.detach();
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    variable_list result(3);
+    if (ctx->needs_input_grad(0)) result[0] = at::mm(grads[0], saved[1]);
+    if (ctx->needs_input_grad(1)) result[1] = at::mm(grads[0].t(), saved[0]);
+    return result;
+  }
+};
+
 }  // namespace
+
+at::Tensor last_linear(const Block& block, const at::Tensor& x_NI, const at::Tensor& w_OI) {
+  return block.known.defined() ? KnownLinear::apply(x_NI, w_OI, block.known) : at::linear(x_NI, w_OI);
+}
 
 at::Tensor blockwise(std::vector<BlockInput> inputs, int64_t count, int64_t block, int64_t joined, BlockFunction f) {
   variable_list values;

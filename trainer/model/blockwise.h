@@ -30,4 +30,7 @@ using BlockFunction = std::function<at::Tensor(const Block&, const std::vector<a
 // y in both runs, and outlive the backward pass with all it refers to.
 at::Tensor blockwise(std::vector<BlockInput> inputs, int64_t count, int64_t block, int64_t joined, BlockFunction f);
 
+// y = x w^T as the last operation of a block, x [N,I], w [O,I]: in the second run y is known, and only its gradients are formed.
+at::Tensor last_linear(const Block& block, const at::Tensor& x_NI, const at::Tensor& w_OI);
+
 }  // namespace dsa

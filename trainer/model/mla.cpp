@@ -153,7 +153,7 @@ at::Tensor Mla::attend_sparse(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, 
     if (out.mass_TK.defined()) learn(block.begin, out.mass_TK);
     const at::Tensor b_HXC = in[3].view({heads_, nope_ + value_, latent_});
     const at::Tensor o_RHV = expanded_values(out.o_THC, b_HXC.narrow(1, nope_, value_));
-    return at::linear(o_RHV.view({block.count, heads_ * value_}), in[4]);
+    return last_linear(block, o_RHV.view({block.count, heads_ * value_}), in[4]);
   };
   const int64_t bytes = heads_ * (2 * (nope_ + rope_) + 3 * (latent_ + rope_) + 2 * latent_ + 2 * value_) * qr_TQ.element_size();
   const int64_t block = std::max<int64_t>(pass.plan.block_bytes / bytes, 1);
