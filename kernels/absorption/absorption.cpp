@@ -83,8 +83,9 @@ at::Tensor absorbed_queries(const at::Tensor& x_THD, const at::Tensor& w_HPC, co
   const int64_t R = 2 * rope_T.cos_TR2.size(1);
   require(x_THD.dim() == 3 && w_HPC.dim() == 3 && x_THD.size(1) == w_HPC.size(0) && x_THD.size(2) == w_HPC.size(1) + R &&
               rope_T.cos_TR2.size(0) == x_THD.size(0) && x_THD.scalar_type() == w_HPC.scalar_type(),
-          "absorbed_queries: x {} {}, w {} {}, {} angles for each of {} rows ([T,H,P+R], [H,P,C] and R/2 for each of T are expected) "
-          "reshape them", toString(x_THD.scalar_type()), shape_of(x_THD), toString(w_HPC.scalar_type()), shape_of(w_HPC),
+          "absorbed_queries: x {} {}, w {} {}, {} angles for each of {} rows ([T,H,P+R], [H,P,C] and R/2 for each of T are "
+          "expected) reshape them",
+          toString(x_THD.scalar_type()), shape_of(x_THD), toString(w_HPC.scalar_type()), shape_of(w_HPC),
           rope_T.cos_TR2.size(1), rope_T.cos_TR2.size(0));
   return AbsorbedQueries::apply(x_THD, w_HPC, rope_T.cos_TR2, rope_T.sin_TR2);
 }

@@ -28,8 +28,10 @@ RopeParams describe(const at::Tensor& y, const at::Tensor& x, const RopeTable& t
 bool rope_supports(const at::Tensor& y, const at::Tensor& x, const RopeTable& table, const char** why_not) {
   *why_not = nullptr;
   if (!x.is_cuda()) *why_not = "not on a GPU";
-  else if (x.scalar_type() != at::kBFloat16 || table.cos_TR2.scalar_type() != at::kFloat) *why_not = "the kernel takes bf16 rows and an fp32 table";
-  else if (x.dim() > 3 || x.stride(-1) != 1 || y.stride(-1) != 1) *why_not = "other than rows, heads and contiguous channels";
+  else if (x.scalar_type() != at::kBFloat16 || table.cos_TR2.scalar_type() != at::kFloat)
+    *why_not = "the kernel takes bf16 rows and an fp32 table";
+  else if (x.dim() > 3 || x.stride(-1) != 1 || y.stride(-1) != 1)
+    *why_not = "other than rows, heads and contiguous channels";
   else if (!table.cos_TR2.is_contiguous() || !table.sin_TR2.is_contiguous()) *why_not = "the table is not contiguous";
   else dsa::rope_supports(describe(y, x, table), why_not);
   return !*why_not;

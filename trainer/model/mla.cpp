@@ -76,7 +76,8 @@ at::Tensor Mla::queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const Ro
   return at::cat({q_RHD.narrow(2, 0, nope_), apply_rope(q_RHD.narrow(2, nope_, rope_), rope_R, RopeLayout::INTERLEAVED)}, 2);
 }
 
-at::Tensor Mla::latent_queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const at::Tensor& kv_b, const RopeTable& rope_R) const {
+at::Tensor Mla::latent_queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const at::Tensor& kv_b,
+                               const RopeTable& rope_R) const {
   const at::Tensor b_HXC = kv_b.view({heads_, nope_ + value_, latent_});
   return absorbed_queries(projected_queries(qr_RQ, q_b), b_HXC.narrow(1, 0, nope_), rope_R);
 }

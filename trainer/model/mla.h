@@ -31,10 +31,11 @@ class Mla {
                           const ForwardPass& pass) const;
   at::Tensor attend_sparse(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
                            const ForwardPass& pass, const TopK& selection) const;
-  // q of some rows and of as many heads as q_b has: not yet rotated; rotated; with W_UK absorbed, [rows, heads, latent + rope].
+  // q of some rows and of as many heads as q_b has: not yet rotated; rotated; with W_UK absorbed, [rows, heads, C + R].
   at::Tensor projected_queries(const at::Tensor& qr_RQ, const at::Tensor& q_b) const;
   at::Tensor queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const RopeTable& rope_R) const;
-  at::Tensor latent_queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const at::Tensor& kv_b, const RopeTable& rope_R) const;
+  at::Tensor latent_queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const at::Tensor& kv_b,
+                            const RopeTable& rope_R) const;
 
   Mesh& mesh_;
   int64_t layer_, heads_, all_heads_, nope_, rope_, value_, latent_;

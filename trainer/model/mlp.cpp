@@ -22,9 +22,11 @@ at::Tensor Mlp::forward(const at::Tensor& x_NM, const StagePlan& plan) const {
   const at::Tensor x_TM = gather_rows(x_NM, tensor);
   const int64_t row_bytes = 6 * gate_.size(0) * gate_.element_size();  // three products and their gradients
   const auto network = [](const Block& block, const std::vector<at::Tensor>& in) {
-    return block.known.defined() ? last_linear(block, swiglu_hidden(in[0], in[1], in[2]), in[3]) : swiglu_mlp(in[0], in[1], in[2], in[3]);
+    return block.known.defined() ? last_linear(block, swiglu_hidden(in[0], in[1], in[2]), in[3])
+                                 : swiglu_mlp(in[0], in[1], in[2], in[3]);
   };
-  const at::Tensor y_TM = blockwise({{x_TM, 0}, {gate_}, {up_}, {down_}}, x_TM.size(0), std::max<int64_t>(plan.block_bytes / row_bytes, 1), 0, network);
+  const int64_t rows = std::max<int64_t>(plan.block_bytes / row_bytes, 1);
+  const at::Tensor y_TM = blockwise({{x_TM, 0}, {gate_}, {up_}, {down_}}, x_TM.size(0), rows, 0, network);
   return reduce_scatter_rows(y_TM, tensor);
 }
 
