@@ -16,6 +16,8 @@ struct IndexerTopKParams {
 
   int32_t* indices = nullptr;     ///< [T,k], ascending, -1 after the last
   int64_t indices_stride = 0;     ///< elements from row to row
+  float* selected_scores = nullptr;     ///< [T,k] the scores of the indices; anything after the last; null: not wanted
+  int64_t selected_scores_stride = 0;   ///< elements from row to row
   int32_t* lengths = nullptr;     ///< [T], number of selected keys
   int32_t* nan_counts = nullptr;  ///< [T], NaN scores met in a row; null: not reported
 

@@ -25,6 +25,8 @@ TopKSelectParams selection(const IndexerTopKParams& p) {
   s.end = p.scores.end;
   s.indices = p.indices;
   s.indices_stride = p.indices_stride;
+  s.scores = p.selected_scores;
+  s.scores_stride = p.selected_scores_stride;
   s.lengths = p.lengths;
   s.nan_counts = p.nan_counts;
   s.stream = p.scores.stream;
@@ -66,6 +68,7 @@ void launch_indexer_topk_sm90(const IndexerTopKParams& p) {
     if (score.start) select.start = score.start += t;
     if (score.end) select.end = score.end += t;
     select.indices += t * select.indices_stride;
+    if (select.scores) select.scores += t * select.scores_stride;
     select.lengths += t;
     if (select.nan_counts) select.nan_counts += t;
     launch_indexer_logits_sm90(score);

@@ -23,6 +23,8 @@ struct TopKSelectParams {
 
   int32_t* indices = nullptr;     ///< [T,k], ascending, -1 after the last
   int64_t indices_stride = 0;     ///< elements from row to row
+  float* scores = nullptr;        ///< [T,k] the logits of the indices; anything after the last; null: not wanted
+  int64_t scores_stride = 0;      ///< elements from row to row
   int32_t* lengths = nullptr;     ///< [T], number of selected keys
   int32_t* nan_counts = nullptr;  ///< [T], NaNs met in the row's range; null: not reported
 

@@ -128,7 +128,7 @@ TopK sorted_selection(const at::Tensor& logits, int64_t k) {
   chosen = std::get<0>(chosen.sort(1));
   at::Tensor indices = at::full({logits.size(0), k}, -1, logits.options().dtype(at::kInt));
   indices.narrow(1, 0, n).copy_(chosen.masked_fill(chosen == S, -1));
-  return {indices, missing.logical_not().sum(1).to(at::kInt)};
+  return {indices, missing.logical_not().sum(1).to(at::kInt), {}};
 }
 
 }  // namespace
@@ -136,7 +136,7 @@ TopK sorted_selection(const at::Tensor& logits, int64_t k) {
 TopK topk_select(const at::Tensor& logits_TS, int64_t k) {
   if (!logits_TS.is_cpu()) return sorted_selection(logits_TS, k);
   const int64_t T = logits_TS.size(0);
-  TopK out{at::empty({T, k}, at::kInt), at::empty({T}, at::kInt)};
+  TopK out{at::empty({T, k}, at::kInt), at::empty({T}, at::kInt), {}};
   int32_t* indices = out.indices_TK.data_ptr<int32_t>();
   int32_t* lengths = out.lengths_T.data_ptr<int32_t>();
   const int64_t bad_row = logits_TS.scalar_type() == at::kDouble ? select_rows<double>(logits_TS, k, indices, lengths)

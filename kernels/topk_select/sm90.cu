@@ -40,6 +40,8 @@ struct Arguments {
   const int32_t *start, *end;
   int32_t* indices;
   int64_t indices_stride;
+  float* scores;
+  int64_t scores_stride;
   int32_t *lengths, *nan_counts;
 };
 
@@ -51,6 +53,7 @@ struct Shared {
   uint32_t ranked, key[kRanked], index[kRanked];
   uint32_t edge, index_end;
   uint32_t reserved, filled;    // of the buffer: places asked for, places before the first refusal
+  uint16_t before[kBitmapWords];  // bits set in the words before; long rows alone
 };
 
 extern __shared__ __align__(16) unsigned char memory[];  // Shared, then the candidates, whose place the output takes on its way
@@ -331,6 +334,12 @@ __device__ __noinline__ void compact(uint32_t n, const Cut cut) {
   __syncthreads();
 }
 
+// Where a row's selection goes.
+struct Output {
+  int32_t* indices;
+  float* scores;  // null: not wanted
+};
+
 // Writes the indices whose bits are set in the first `words` words, in order, from place `done` of the row on; returns
 // the number of places filled so far. Bits stand for first, first + 1, ... staging: shared memory through which the
 // indices leave in whole lines; null: each thread writes its own.
@@ -348,6 +357,38 @@ __device__ uint32_t emit(uint32_t words, uint32_t first, uint32_t done, int32_t*
     for (uint32_t i = threadIdx.x; i < total; i += kThreads) out[done + i] = staging[i];
   }
   return done + total;
+}
+
+// How many bits are set in the words before each of the first `words` ones -> s.before; returns those of all.
+__device__ __forceinline__ uint32_t count_before(uint32_t words, Shared& s) {
+  const uint32_t each = (words + kThreads - 1) / kThreads;
+  const uint32_t from = min(threadIdx.x * each, words), to = min(from + each, words);
+  uint32_t own = 0, total;
+  for (uint32_t w = from; w < to; ++w) own += __popc(s.bins[w]);
+  uint32_t before = exclusive_sum(own, s, &total);
+  for (uint32_t w = from; w < to; ++w) {
+    s.before[w] = static_cast<uint16_t>(before);
+    before += __popc(s.bins[w]);
+  }
+  __syncthreads();
+  return total;
+}
+// The place among the selected of the first bit that is set at or after `at`.
+__device__ __forceinline__ uint32_t place_of(uint32_t at, const Shared& s) {
+  return s.before[at / 32] + __popc(s.bins[at / 32] & ((1u << at % 32) - 1));
+}
+
+// Writes the scores of the n candidates whose bits are set to the places that their indices take. Bits stand for first,
+// first + 1, ..., counted from the row's first score.
+__device__ __noinline__ void emit_scores(uint32_t n, uint32_t words, uint32_t first, float* out) {
+  Shared& s = shared();
+  count_before(words, s);
+  for (uint32_t i = threadIdx.x; i < n; i += kThreads) {
+    const uint2 c = candidates()[i];
+    const uint32_t at = c.y - first;
+    if (at < 32 * words && s.bins[at / 32] >> (at % 32) & 1) out[place_of(at, s)] = __uint_as_float(c.x);
+  }
+  __syncthreads();
 }
 
 __device__ __forceinline__ void pad(uint32_t done, uint32_t k, int32_t* out) {
@@ -378,7 +419,7 @@ struct Row {
 };
 
 // A row of at most kResident scores. Returns the number selected.
-__device__ uint32_t select_resident(const Row& row, uint32_t k, uint32_t begin, int32_t* staging, int32_t* out,
+__device__ uint32_t select_resident(const Row& row, uint32_t k, uint32_t begin, int32_t* staging, const Output& out,
                                     uint32_t& nans, Shared& s) {
   float x[kResidentEach], single = -kInfinity;
 #pragma unroll
@@ -461,11 +502,29 @@ __device__ uint32_t select_resident(const Row& row, uint32_t k, uint32_t begin, 
   }
   if (have_single && cut.takes(single, single_index)) atomicOr(&s.bins[single_index / 32], 1u << (single_index & 31));
   __syncthreads();
-  return emit(words, begin, 0, staging, out, s);
+  if (out.scores) {
+    float* const in_order = reinterpret_cast<float*>(staging + k);
+    const uint32_t total = count_before(words, s);
+#pragma unroll
+    for (int i = 0; i < kResidentEach / 4; ++i) {
+      const uint32_t index = afresh(row.index(threadIdx.x)) + i * 4 * kThreads, word = index / 32;
+      if (i * kThreads + threadIdx.x >= row.words) break;
+      const uint32_t mask = __funnelshift_r(s.bins[word], word + 1 < words ? s.bins[word + 1] : 0, index);
+      if ((mask & 15) == 0) continue;
+      float* to = in_order + place_of(index, s);
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (mask >> j & 1) *to++ = x[4 * i + j];
+    }
+    if (have_single && s.bins[single_index / 32] >> (single_index % 32) & 1) in_order[place_of(single_index, s)] = single;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < total; i += kThreads) out.scores[i] = in_order[i];
+  }
+  return emit(words, begin, 0, staging, out.indices, s);
 }
 
 // The same out of line: a long row's registers need not bear with a short one's.
-__device__ __noinline__ uint32_t select_short(const Row row, uint32_t k, uint32_t begin, int32_t* out, uint32_t* nans) {
+__device__ __noinline__ uint32_t select_short(const Row row, uint32_t k, uint32_t begin, const Output out, uint32_t* nans) {
   uint32_t own = 0;
   const uint32_t done = select_resident(row, k, begin, reinterpret_cast<int32_t*>(candidates()), out, own, shared());
   *nans = own;
@@ -624,7 +683,7 @@ __global__ void __launch_bounds__(kThreads, kLong ? 3 : 4) select(const Argument
   const int32_t columns = static_cast<int32_t>(a.columns);
   const int32_t begin = a.start ? max(a.start[t], 0) : 0, end = a.end ? min(a.end[t], columns) : columns;
   const Row row(a.logits + t * a.logits_stride + begin, begin < end ? end - begin : 0);
-  int32_t* out = a.indices + t * a.indices_stride;
+  const Output out{a.indices + t * a.indices_stride, a.scores ? a.scores + t * a.scores_stride : nullptr};
   const uint32_t k = a.k;
   uint32_t nans = 0, done = 0;
   if (kLong && row.n <= kResident) {
@@ -647,11 +706,12 @@ __global__ void __launch_bounds__(kThreads, kLong ? 3 : 4) select(const Argument
         if (at < kWindow && cut.takes(__uint_as_float(c.x), c.y)) atomicOr(&s.bins[at / 32], 1u << (at % 32));
       }
       __syncthreads();
+      if (out.scores) emit_scores(n, words, window, out.scores + done);
       // The candidates of a row of several windows are needed again.
-      done = emit(words, begin + window, done, row.n <= kWindow ? reinterpret_cast<int32_t*>(candidates()) : nullptr, out, s);
+      done = emit(words, begin + window, done, row.n <= kWindow ? reinterpret_cast<int32_t*>(candidates()) : nullptr, out.indices, s);
     }
   }
-  pad(done, k, out);
+  pad(done, k, out.indices);
   if (a.nan_counts) {
     uint32_t total;
     __syncthreads();
@@ -683,12 +743,12 @@ void launch_topk_select_sm90(const TopKSelectParams& p) {
   if (p.rows == 0) return;
   const bool is_long = p.columns > kResident;
   const int capacity = p.k <= 2048 ? 4096 : 8192;  // at least k + what one warp may add at once (512)
-  const int bytes = static_cast<int>(sizeof(Shared)) + (is_long ? capacity * 8 : p.k * 4);
+  const int bytes = static_cast<int>(sizeof(Shared)) + (is_long ? capacity * 8 : p.k * (p.scores ? 8 : 4));
   const auto kernel = is_long ? select<true> : select<false>;
   cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
               "reserve shared memory for topk_select");
   const Arguments a{p.rows, p.columns, p.k, capacity, p.logits, p.logits_stride, p.start, p.end,
-                    p.indices, p.indices_stride, p.lengths, p.nan_counts};
+                    p.indices, p.indices_stride, p.scores, p.scores_stride, p.lengths, p.nan_counts};
   kernel<<<static_cast<unsigned>(p.rows), kThreads, bytes, p.stream>>>(a);
   cuda::check(cudaGetLastError(), "launch topk_select");
 }

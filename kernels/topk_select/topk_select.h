@@ -9,6 +9,7 @@ namespace dsa {
 struct TopK {
   at::Tensor indices_TK;  ///< int32 [T,k], ascending, -1 after the last
   at::Tensor lengths_T;   ///< int32 [T], number of selected keys (fewer than k where fewer scores are finite)
+  at::Tensor scores_TK;   ///< [T,k] the logits of the indices, anything after the last; undefined unless asked for
 };
 
 /// logits_TS fp32 or fp64 [T,S] (rows may be strided), k >= 1. Throws on NaN and names the row.

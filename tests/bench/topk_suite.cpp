@@ -21,6 +21,7 @@ void run_topk_suite(const Options& options, Report& report) {
   for (const Case& c : {Case{8192, 0.58, 1.2}, Case{32768, 1.00, 1.8}, Case{131072, 1.20, 2.2}}) {
     const DeviceArray<float> logits(rows * c.columns);
     const DeviceArray<int32_t> indices(rows * 2048), lengths(rows), nans(rows);
+    const DeviceArray<float> scores(rows * 2048);
     TopKSelectParams p;
     p.rows = rows, p.columns = c.columns, p.k = 2048;
     p.logits = logits.data(), p.logits_stride = c.columns;
@@ -38,6 +39,11 @@ void run_topk_suite(const Options& options, Report& report) {
       const bool random = &pattern == &patterns()[0];
       const double goal = random ? c.goal : bytes / (1.5 * random_ms) * 1e-9;
       report.add({name, ms, bytes / ms * 1e-9, "TB/s", bytes / 3.02 * 1e-9, random ? c.peer : 0, goal});
+      if (!random) continue;
+      TopKSelectParams with_scores = p;
+      with_scores.scores = scores.data(), with_scores.scores_stride = 2048;
+      const double more_ms = cold_milliseconds([&] { launch_topk_select_sm90(with_scores); }, options.quick ? 7 : 15);
+      report.add({std::string(name) + ", and their scores", more_ms, bytes / more_ms * 1e-9, "TB/s", bytes / 3.02 * 1e-9, 0, 0});
     }
   }
 }

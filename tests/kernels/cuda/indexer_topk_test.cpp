@@ -42,6 +42,8 @@ TEST(IndexerTopK, EqualsScoresThenSort) {
     p.k = k;
     const DeviceArray<int32_t> indices(queries * k), lengths(queries), nans(queries);
     p.indices = indices.data(), p.indices_stride = k, p.lengths = lengths.data(), p.nan_counts = nans.data();
+    const DeviceArray<float> selected(queries * k);
+    p.selected_scores = selected.data(), p.selected_scores_stride = k;
 
     IndexerLogitsParams whole = p.scores;
     whole.logits = logits.data(), whole.logits_stride = keys;
@@ -51,14 +53,16 @@ TEST(IndexerTopK, EqualsScoresThenSort) {
     for (const size_t bytes : {sizes.least, (sizes.least + sizes.enough) / 2, sizes.enough}) {
       const DeviceArray<uint8_t> workspace(static_cast<int64_t>(bytes));
       p.workspace = workspace.data(), p.workspace_bytes = bytes;
-      indices.fill_bytes(0x77);
+      indices.fill_bytes(0x77), selected.fill_bytes(0xFF);
       launch_indexer_topk_sm90(p);
+      const std::vector<float> selected_score = selected.host();
       const std::vector<int32_t> got = indices.host(), length = lengths.host();
       for (int64_t t = 0; t < queries; ++t) {
         std::vector<int32_t> want = reference_top_k(&scores[t * keys], starts[t], ends[t], k);
         ASSERT_EQ(length[t], static_cast<int32_t>(want.size())) << t;
         want.resize(k, -1);
         for (int i = 0; i < k; ++i) ASSERT_EQ(got[t * k + i], want[i]) << t << " " << i;
+        for (int i = 0; i < length[t]; ++i) ASSERT_EQ(selected_score[t * k + i], scores[t * keys + want[i]]) << t << " " << i;
       }
     }
     p.workspace_bytes = sizes.least - 1;

@@ -1,6 +1,7 @@
 // The Hopper selection against a sort on the host: exactly the same indices, for random and for adversarial rows.
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -33,15 +34,18 @@ class TopKSelect : public testing::Test {
                     int64_t skip = 0) {
     const DeviceArray<float> logits(scores);
     const DeviceArray<int32_t> start(starts), end(ends), indices(rows * (k + 3)), lengths(rows), nans(rows);
-    indices.fill_bytes(0x77);
+    const DeviceArray<float> selected(rows * (k + 5));
+    indices.fill_bytes(0x77), selected.fill_bytes(0x77);
     TopKSelectParams p;
     p.rows = rows, p.columns = columns, p.k = k;
     p.logits = logits.data() + skip, p.logits_stride = stride;
     if (!starts.empty()) p.start = start.data();
     if (!ends.empty()) p.end = end.data();
     p.indices = indices.data(), p.indices_stride = k + 3;
+    p.scores = selected.data(), p.scores_stride = k + 5;
     p.lengths = lengths.data(), p.nan_counts = nans.data();
     launch_topk_select_sm90(p);
+    const std::vector<float> score = selected.host();
     const std::vector<int32_t> got = indices.host(), length = lengths.host(), nan = nans.host();
     for (int64_t t = 0; t < rows; ++t) {
       const int64_t from = starts.empty() ? 0 : std::max(starts[t], 0), to = ends.empty() ? columns : std::min<int64_t>(ends[t], columns);
@@ -51,6 +55,10 @@ class TopKSelect : public testing::Test {
       for (int64_t s = from; s < to; ++s) bad += std::isnan(row[s]);
       ASSERT_EQ(nan[t], bad) << what << " row " << t;
       ASSERT_EQ(length[t], static_cast<int32_t>(want.size())) << what << " row " << t << " columns " << columns << " k " << k;
+      for (int i = 0; i < length[t]; ++i)
+        ASSERT_EQ(score[t * (k + 5) + i], row[want[i]]) << what << " row " << t << " place " << i << " columns " << columns << " k " << k;
+      for (int i = k; i < k + 5; ++i)
+        ASSERT_EQ(std::bit_cast<uint32_t>(score[t * (k + 5) + i]), 0x77777777u) << what << " row " << t << " written past its end";
       want.resize(k, -1);
       want.resize(k + 3, 0x77777777);
       for (int i = 0; i < k + 3; ++i)
