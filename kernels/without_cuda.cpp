@@ -23,7 +23,9 @@ bool indexer_supports(const at::Tensor&, const at::Tensor&, const char** why_not
 bool topk_supports(const at::Tensor&, int64_t, const char** why_not) { return refuse(why_not); }
 at::Tensor indexer_logits(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&) { unreachable(); }
 TopK topk_select(const at::Tensor&, int64_t) { unreachable(); }
-TopK indexer_topk(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t) { unreachable(); }
+TopK indexer_topk(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, bool) {
+  unreachable();
+}
 
 bool indexer_kl_dense_supports(const at::Tensor&, const IndexerInputs&, const char** why_not) { return refuse(why_not); }
 IndexerLoss indexer_kl_dense(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, const IndexerInputs&, const at::Tensor&,
@@ -38,7 +40,7 @@ IndexerLoss indexer_kl_of_mass(const at::Tensor&, int64_t, const IndexerInputs&,
                                int64_t, const at::Tensor&, double, bool) {
   unreachable();
 }
-bool indexer_kl_sparse_supports(const IndexerInputs&, int64_t, const char** why_not) { return refuse(why_not); }
+bool indexer_kl_sparse_supports(const IndexerInputs&, const TopK&, const char** why_not) { return refuse(why_not); }
 IndexerLoss indexer_kl_sparse(const at::Tensor&, const TopK&, const IndexerInputs&, const at::Tensor&, double) { unreachable(); }
 
 bool sparse_mla_supports(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, const char** why_not) {

@@ -172,7 +172,8 @@ void sparse_indexer_loss(const IndexerLossTarget& target, const IndexerProjectio
   LayerReport& report = pass.report.layers[target.layer];
   const TokenBatch& b = pass.batch;
   const int64_t own = p.q_NJD.size(0);
-  const TopK lists{selection.indices_TK.narrow(0, b.owned_first, own), selection.lengths_T.narrow(0, b.owned_first, own)};
+  const TopK lists{selection.indices_TK.narrow(0, b.owned_first, own), selection.lengths_T.narrow(0, b.owned_first, own),
+                   selection.scores_TK};
   at::Tensor p_NK;
   {
     const c10::NoGradGuard no_grad;
@@ -181,7 +182,7 @@ void sparse_indexer_loss(const IndexerLossTarget& target, const IndexerProjectio
   }
   const native::IndexerInputs inputs{p.q_NJD, p.k_SD, p.w_NJ};
   const char* why_not = "nothing learns";
-  if (learns && native::indexer_kl_sparse_supports(inputs, lists.indices_TK.size(1), &why_not)) {
+  if (learns && native::indexer_kl_sparse_supports(inputs, lists, &why_not)) {
     ran("indexer_kl_sparse", "sm90");
     native::IndexerLoss loss;
     {

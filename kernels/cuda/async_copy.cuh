@@ -14,6 +14,13 @@ __device__ __forceinline__ void copy16_or_zero(uint32_t to, const void* from, bo
                : "memory");
 }
 
+/// The same with a hint to the L2 cache.
+__device__ __forceinline__ void copy16_or_zero(uint32_t to, const void* from, bool read, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+               "r"(read ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
 /// Arrives once this thread's earlier cp.async have landed. Counts as one of the barrier's arrivals.
 __device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");

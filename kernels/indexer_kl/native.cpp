@@ -5,6 +5,8 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <limits>
 
 #include "kernels/indexer_kl/dense_params.h"
@@ -168,9 +170,11 @@ IndexerLoss indexer_kl_of_mass(const at::Tensor& mass_TS, int64_t all_heads, con
   return dense_loss(p, indexer, top_k, row_weight_T, loss_scale, want_gradient);
 }
 
-bool indexer_kl_sparse_supports(const IndexerInputs& indexer, int64_t top_k, const char** why_not) {
+bool indexer_kl_sparse_supports(const IndexerInputs& indexer, const TopK& selected, const char** why_not) {
+  const int64_t top_k = selected.indices_TK.size(1);
   *why_not = refusal(indexer);
   if (!*why_not && (top_k % 64 || top_k > 4096)) *why_not = "top_k must be a multiple of 64, at most 4096";
+  if (!*why_not && !selected.scores_TK.defined()) *why_not = "the selection left no scores";
   return !*why_not;
 }
 
@@ -178,10 +182,11 @@ IndexerLoss indexer_kl_sparse(const at::Tensor& p_TK, const TopK& selected, cons
                               const at::Tensor& row_weight_T, double loss_scale) {
   const Inputs x(indexer);
   const at::Tensor target = p_TK.contiguous(), indices = selected.indices_TK.contiguous(), lengths = selected.lengths_T.contiguous();
-  const at::Tensor weight = row_weight_T.to(at::kFloat).contiguous();
+  const at::Tensor scores = selected.scores_TK.contiguous(), weight = row_weight_T.to(at::kFloat).contiguous();
   const int64_t T = x.q.size(0), S = x.k.size(0);
   IndexerLoss out{at::empty({T}, x.w.options()), at::empty({T}, x.w.options()), {}, gradients_like(x)};
-  const at::Tensor sum = at::empty({S, 128}, x.w.options()), amax = at::zeros({1}, x.w.options());
+  const int64_t sum_bytes = indexer_kl_sparse_sum_bytes(S);
+  const at::Tensor sum = bytes_on(x.q.device(), static_cast<size_t>(sum_bytes)), report = bytes_on(x.q.device(), sizeof(QuantumReport));
   IndexerKlSparseParams p;
   p.queries = T;
   p.keys = S;
@@ -204,18 +209,22 @@ IndexerLoss indexer_kl_sparse(const at::Tensor& p_TK, const TopK& selected, cons
   p.entropy_prediction = out.entropy_T.data_ptr<float>();
   p.dq = out.gradients.dq_TJD.data_ptr();
   p.dw = out.gradients.dw_TJ.data_ptr<float>();
-  p.dk_sum = sum.data_ptr<float>();
+  p.scores = scores.const_data_ptr<float>();
+  p.scores_stride = scores.stride(0);
+  p.dk_sum = reinterpret_cast<uint64_t*>(sum.data_ptr());
   p.workspace_bytes = indexer_kl_sparse_workspace_bytes();
-  const at::Tensor workspace = at::empty({static_cast<int64_t>(p.workspace_bytes)}, x.q.options().dtype(at::kByte));
+  const at::Tensor workspace = bytes_on(x.q.device(), p.workspace_bytes);
   p.workspace = workspace.data_ptr();
   p.stream = current_stream(x.q);
   const bool finite = quantum.run([&](float q) {
     sum.zero_();
     p.quantum = q;
     launch_indexer_kl_sparse_sm90(p);
-    launch_indexer_kl_sparse_finish_sm90(p.dk_sum, S, out.gradients.dk_SD.data_ptr(), /*bf16=*/false, amax.data_ptr<float>(), p.stream);
-    const float most = amax.item<float>() / q;
-    return QuantumReport{static_cast<uint32_t>(std::min(most, 4e9f)), !(most < 4e9f)};
+    auto* const on_device = reinterpret_cast<QuantumReport*>(report.data_ptr());
+    launch_indexer_kl_sparse_finish_sm90(p.dk_sum, S, q, out.gradients.dk_SD.data_ptr(), /*bf16=*/false, on_device, p.stream);
+    QuantumReport seen;
+    std::memcpy(&seen, report.cpu().const_data_ptr(), sizeof seen);
+    return seen;
   });
   if (!finite) out.gradients.dk_SD.fill_(std::numeric_limits<float>::quiet_NaN());
   return out;

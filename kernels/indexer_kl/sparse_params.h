@@ -1,20 +1,25 @@
-// What the device kernels need to know for the indexer's loss over selected keys and its gradients; no LibTorch, no CUDA header.
+// What the device kernels need to know for the indexer's loss over selected keys and its gradients; no LibTorch, no
+// CUDA header.
 //
-//   I[t,i] = sum_j w[t,j] max(0, q[t,j] . k[idx[t,i]])          pi[t] = softmax(I[t])
+//   pi[t] = softmax(I[t])                                       I[t,i] given, of key idx[t,i]
 //   kl[t] = sum_i p (log p - log pi)                            0 log 0 = 0
 //   dI = row_weight[t] loss_scale (pi - p)                      0 for rows with one key or none
 //   m[t,j,i] = dI 1[q[t,j] . k[idx[t,i]] > 0]
-//   dq[t,j] = w[t,j] sum_i m k[idx[t,i]]    dw[t,j] = q[t,j] . sum_i m k[idx[t,i]]    dk[idx[t,i]] += sum_j m w[t,j] q[t,j]
+//   dq[t,j] = w[t,j] sum_i m k[idx[t,i]]    dw[t,j] = q[t,j] . sum_i m k[idx[t,i]]
+//   dk[idx[t,i]] += sum_j m w[t,j] q[t,j]
 //
-// Letters: T query rows, S keys, J heads, K list entries. q, k are bf16; the scores are computed again from them in bf16
-// products and fp32 sums, whatever selected the keys: with FP8 scores in the selection, the loss is that of the bf16 scores and
-// the quantiser passes the gradient straight through. m w is rounded to bf16 once, m is taken as two bf16: dk errs by
-// 1e-3 to 2e-3, dq and dw by about 1e-5. An entry i of a list counts when
-// i < lengths[t], 0 <= idx < S and idx is greater than the entry before it; p of the others is not used.
+// Letters: T query rows, S keys, J heads, K list entries. q, k are bf16. I is what selected the keys, in whatever
+// precision (topk_select/params.h hands it on): sum_j w[t,j] max(0, q[t,j] . k) of q and k, or of e4m3 codes of them.
+// The loss is that of these scores; the gradient takes the signs, q and k in bf16, as if the quantiser were not there:
+// straight through. m w is rounded to bf16 once, m is taken as two bf16: dk errs by 1e-3 to 2e-3, dq and dw by about
+// 1e-5. An entry i of a list counts when i < lengths[t], 0 <= idx < S and idx is greater than the entry before it; p and
+// I of the others are not used.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "kernels/quantum.h"
 
 struct CUstream_st;
 
@@ -36,6 +41,8 @@ struct IndexerKlSparseParams {
   const int32_t* indices = nullptr;  ///< [T,K], ascending, anything after a row's length
   int64_t indices_stride = 0;        ///< elements from row to row
   const int32_t* lengths = nullptr;  ///< [T]; null: K. Clamped to [0, K]
+  const float* scores = nullptr;     ///< I [T,K]
+  int64_t scores_stride = 0;         ///< elements from row to row
   const float* p_sel = nullptr;      ///< p [T,K], sums to 1 over the entries that count
   int64_t p_stride = 0;              ///< elements from row to row
 
@@ -48,10 +55,10 @@ struct IndexerKlSparseParams {
   void* dq = nullptr;      ///< [T,J,128] contiguous, bf16 or fp32; 16-byte aligned
   bool dq_bf16 = true;
   float* dw = nullptr;     ///< [T,J] contiguous
-  float* dk_sum = nullptr; ///< [S,128] fp32 that this call adds to, columns in an order of its own; 16-byte aligned
-  /// Every contribution to dk_sum is rounded to a multiple of this power of two, which makes the sums independent of their
-  /// order as long as no sum passes 2^23 quanta (sparse_mla_quantum). 0: no rounding; the bits then depend on the order.
-  float quantum = 0;
+  /// Sums that this call adds to, indexer_kl_sparse_sum_bytes(S), 128-byte aligned; clear: all bytes zero. Integers
+  /// packed three to a word and a checksum (kernels/cuda/packed_sums.cuh): the same bits in any order of calls and rows.
+  uint64_t* dk_sum = nullptr;
+  float quantum = 0;  ///< every contribution to dk_sum is rounded to a multiple of this power of two
 
   void* workspace = nullptr;  ///< 16-byte aligned, at least indexer_kl_sparse_workspace_bytes()
   size_t workspace_bytes = 0;
@@ -65,13 +72,16 @@ bool sm90_supports(const IndexerKlSparseParams& p, const char** why_not);
 /// Bytes that a launch needs beside its inputs and outputs: counters.
 size_t indexer_kl_sparse_workspace_bytes();
 
+/// Bytes of dk_sum for S keys: 384 a key and a checksum.
+int64_t indexer_kl_sparse_sum_bytes(int64_t keys);
+
 /// Enqueues the kernel. Throws std::runtime_error when sm90_supports refuses or CUDA reports an error.
-/// kl, the entropies, dq and dw have the same bits on every run, dk_sum too unless the quantum is 0 or too small.
+/// All outputs have the same bits on every run.
 void launch_indexer_kl_sparse_sm90(const IndexerKlSparseParams& p);
 
-/// Writes dk [S,128] contiguous, bf16 or fp32, from finished sums, and the greatest magnitude in dk_sum to amax (one fp32 on
-/// the device). The sums are repeatable if sparse_mla_quantum_holds(amax, quantum); otherwise do the pass again with
-/// sparse_mla_quantum(amax).
-void launch_indexer_kl_sparse_finish_sm90(const float* dk_sum, int64_t keys, void* dk, bool bf16, float* amax, CUstream_st* stream);
+/// Writes dk [S,128] contiguous, bf16 or fp32, from finished sums, and a report of them to the device: they hold if it
+/// says no difference and at most QuantumGuess::kMostQuanta; otherwise do the pass again with another quantum.
+void launch_indexer_kl_sparse_finish_sm90(const uint64_t* dk_sum, int64_t keys, float quantum, void* dk, bool bf16,
+                                          QuantumReport* report, CUstream_st* stream);
 
 }  // namespace dsa

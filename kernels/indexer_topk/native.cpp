@@ -89,7 +89,7 @@ TopK topk_select(const at::Tensor& logits_TS, int64_t k) {
   const at::Tensor logits = logits_TS.stride(1) == 1 ? logits_TS : logits_TS.contiguous();
   const auto ints = logits.options().dtype(at::kInt);
   const int64_t T = logits.size(0);
-  TopK out{at::empty({T, k}, ints), at::empty({T}, ints)};
+  TopK out{at::empty({T, k}, ints), at::empty({T}, ints), {}};
   const at::Tensor nan_counts = at::empty({T}, ints);
   TopKSelectParams p;
   p.rows = T;
@@ -108,11 +108,12 @@ TopK topk_select(const at::Tensor& logits_TS, int64_t k) {
 }
 
 TopK indexer_topk(const at::Tensor& q_TJD, const at::Tensor& k_SD, const at::Tensor& w_TJ, const at::Tensor& start_T,
-                  const at::Tensor& end_T, int64_t top_k) {
+                  const at::Tensor& end_T, int64_t top_k, bool want_scores) {
   const Scores s(q_TJD, k_SD, w_TJ, start_T, end_T);
   const auto ints = s.q.options().dtype(at::kInt);
   const int64_t T = s.params.queries;
-  TopK out{at::empty({T, top_k}, ints), at::empty({T}, ints)};
+  TopK out{at::empty({T, top_k}, ints), at::empty({T}, ints), {}};
+  if (want_scores) out.scores_TK = at::empty({T, top_k}, s.w.options());
   const at::Tensor nan_counts = at::empty({T}, ints);
   const IndexerTopKWorkspace need = indexer_topk_workspace_sm90(T, s.params.keys);
   const size_t bytes = std::max(need.least, std::min(need.enough, kMostWorkspace));
@@ -122,6 +123,8 @@ TopK indexer_topk(const at::Tensor& q_TJD, const at::Tensor& k_SD, const at::Ten
   p.k = static_cast<int>(top_k);
   p.indices = out.indices_TK.data_ptr<int32_t>();
   p.indices_stride = top_k;
+  if (want_scores) p.selected_scores = out.scores_TK.data_ptr<float>();
+  p.selected_scores_stride = top_k;
   p.lengths = out.lengths_T.data_ptr<int32_t>();
   p.nan_counts = nan_counts.data_ptr<int32_t>();
   p.workspace = workspace.data_ptr();

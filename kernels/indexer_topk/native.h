@@ -14,6 +14,6 @@ at::Tensor indexer_logits(const at::Tensor& q_TJD, const at::Tensor& k_SD, const
 TopK topk_select(const at::Tensor& logits_TS, int64_t k);
 /// Workspace: at most 1 GiB. Throws on a NaN score.
 TopK indexer_topk(const at::Tensor& q_TJD, const at::Tensor& k_SD, const at::Tensor& w_TJ, const at::Tensor& start_T,
-                  const at::Tensor& end_T, int64_t top_k);
+                  const at::Tensor& end_T, int64_t top_k, bool want_scores);
 
 }  // namespace dsa::native

@@ -8,6 +8,7 @@
 
 #include "kernels/indexer_kl/sparse_params.h"
 #include "kernels/indexer_topk/params.h"
+#include "kernels/quantum.h"
 #include "kernels/sparse_mla/params.h"
 #include "tests/bench/bench.h"
 #include "tests/kernels/cuda/sparse_mla_reference.h"
@@ -58,10 +59,12 @@ class Clock {
 struct Layer {
   DeviceArray<uint16_t> q, kv, o, d_o, dq, dkv, index_q, index_k, index_dq, index_dk;
   DeviceArray<uint8_t> code_q, code_k;
-  DeviceArray<float> w, key_scale, lse, delta, p_sel, dkv_sum, index_dk_sum, kl, dw, amax;
+  DeviceArray<float> w, key_scale, lse, delta, p_sel, scores, dkv_sum, kl, dw, amax;
+  DeviceArray<uint64_t> index_dk_sum;
+  DeviceArray<QuantumReport> report;
   DeviceArray<int32_t> indices, lengths, selected, selected_lengths, end;
   DeviceArray<uint8_t> select_workspace, backward_workspace, loss_workspace;
-  float quantum = 0, index_quantum = 0;
+  float quantum = 0, index_quantum = 1;
 
   static std::vector<int32_t> ends() {
     std::vector<int32_t> out(kTokens);
@@ -73,8 +76,8 @@ struct Layer {
       : q(kBlock * kHeads * 576), kv(kTokens * 576), o(kBlock * kHeads * 512), d_o(o.size()), dq(q.size()), dkv(kv.size()),
         index_q(kBlock * kIndexerHeads * 128), index_k(kTokens * 128), index_dq(index_q.size()), index_dk(index_k.size()),
         code_q(index_q.size()), code_k(index_k.size()), w(kBlock * kIndexerHeads), key_scale(std::vector<float>(kTokens, 0x1p-6f)),
-        lse(kBlock * kHeads), delta(lse.size()), p_sel(kBlock * kTopK), dkv_sum(kv.size()), index_dk_sum(index_k.size()), kl(kBlock),
-        dw(w.size()), amax(2), indices(kTokens * kTopK), lengths(kTokens), selected(kBlock * kTopK), selected_lengths(kBlock), end(ends()),
+        lse(kBlock * kHeads), delta(lse.size()), p_sel(kBlock * kTopK), scores(p_sel.size()), dkv_sum(kv.size()),
+        kl(kBlock), dw(w.size()), amax(1), index_dk_sum(indexer_kl_sparse_sum_bytes(kTokens) / 8), report(1), indices(kTokens * kTopK), lengths(kTokens), selected(kBlock * kTopK), selected_lengths(kBlock), end(ends()),
         select_workspace(static_cast<int64_t>(indexer_topk_workspace_sm90(kBlock, kTokens).enough)),
         backward_workspace(static_cast<int64_t>(sparse_mla_workspace_bytes(backward(0), kWorkspaceRows))),
         loss_workspace(static_cast<int64_t>(indexer_kl_sparse_workspace_bytes())) {
@@ -117,7 +120,8 @@ struct Layer {
     p.scores.heads = kIndexerHeads, p.scores.dim = 128;
     p.scores.q = code_q.data(), p.scores.q_stride = kIndexerHeads * 128, p.scores.k = code_k.data(), p.scores.k_stride = 128;
     p.scores.w = w.data(), p.scores.w_stride = kIndexerHeads, p.scores.k_scale = key_scale.data(), p.scores.end = end.data() + t;
-    p.k = kTopK, p.indices = selected.data(), p.indices_stride = kTopK, p.lengths = selected_lengths.data();
+    p.k = kTopK, p.indices = selected.data(), p.indices_stride = kTopK;
+    p.selected_scores = scores.data(), p.selected_scores_stride = kTopK, p.lengths = selected_lengths.data();
     p.workspace = select_workspace.data(), p.workspace_bytes = select_workspace.size();
     return p;
   }
@@ -127,10 +131,24 @@ struct Layer {
     p.q = index_q.data(), p.q_stride = kIndexerHeads * 128, p.key = index_k.data(), p.k_stride = 128;
     p.w = w.data(), p.w_stride = kIndexerHeads;
     p.indices = indices.data() + t * kTopK, p.indices_stride = kTopK, p.lengths = lengths.data() + t;
-    p.p_sel = p_sel.data(), p.p_stride = kTopK, p.loss_scale = 1.f / kTokens;
+    p.scores = scores.data(), p.scores_stride = kTopK, p.p_sel = p_sel.data(), p.p_stride = kTopK, p.loss_scale = 1.f / kTokens;
     p.kl = kl.data(), p.dq = index_dq.data(), p.dw = dw.data(), p.dk_sum = index_dk_sum.data(), p.quantum = index_quantum;
     p.workspace = loss_workspace.data(), p.workspace_bytes = loss_workspace.size();
     return p;
+  }
+
+  void finish_loss() {
+    launch_indexer_kl_sparse_finish_sm90(index_dk_sum.data(), kTokens, index_quantum, index_dk.data(), true, report.data(), nullptr);
+  }
+  /// On the target and the scores that the last run left.
+  void find_index_quantum(QuantumGuess& guess) {
+    guess.run([&](float quantum) {
+      index_dk_sum.fill_bytes(0);
+      index_quantum = quantum;
+      for (int64_t t = 0; t < kTokens; t += kBlock) launch_indexer_kl_sparse_sm90(loss(t));
+      finish_loss();
+      return report.host()[0];
+    });
   }
 
   std::vector<double> run() {
@@ -155,7 +173,7 @@ struct Layer {
       clock.mark(LOSS);
     }
     launch_sparse_mla_finish_sm90(dkv_sum.data(), kTokens, dkv.data(), true, amax.data(), nullptr);
-    launch_indexer_kl_sparse_finish_sm90(index_dk_sum.data(), kTokens, index_dk.data(), true, amax.data() + 1, nullptr);
+    finish_loss();
     clock.mark(ENDS);
     return clock.read();
   }
@@ -171,15 +189,16 @@ void run_sparse_chain_suite(const Options& options, Report& report) {
     double peer, goal;  // milliseconds; 0: none
   };
   Layer layer;
+  QuantumGuess guess;
   for (const Case& c : {Case{Lists::RANDOM, "random", 1600, 950}, Case{Lists::LOCAL, "local", 1310, 0},
                         Case{Lists::SHARED, "shared", 960, 620}}) {
     const std::string name = std::string("sparse chain of a layer, 131072 tokens, ") + c.name;
     if (name.find(options.only) == std::string::npos) continue;
     layer.draw_lists(c.lists);
-    layer.quantum = layer.index_quantum = 0;
-    layer.run();  // for the quanta
-    const std::vector<float> amax = layer.amax.host();
-    layer.quantum = sparse_mla_quantum(amax[0]), layer.index_quantum = sparse_mla_quantum(amax[1]);
+    layer.quantum = 0;
+    layer.run();
+    layer.quantum = sparse_mla_quantum(layer.amax.host()[0]);
+    layer.find_index_quantum(guess);
     std::vector<std::vector<double>> runs;
     for (int i = 0; i < (options.quick ? 1 : 3); ++i) runs.push_back(layer.run());
     const auto sum = [](const std::vector<double>& parts) {

@@ -1,11 +1,13 @@
 // The operations on a GPU in bf16, forward and backward, against the same operations on the CPU in fp64 on the same (bf16)
 // numbers. Skipped without a GPU.
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/where.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "kernels/absorption/absorption.h"
@@ -146,9 +148,12 @@ TEST_F(DeviceTest, ScoresAndSelection) {
   const at::Tensor got = indexer_logits(q.device, k.device, w.to(gpu_), from.to(gpu_), to.to(gpu_));
   const at::Tensor expected = indexer_logits(q.host, k.host, w.to(at::kDouble), from, to);
   EXPECT_LT(relative_distance(got.cpu(), expected), 1e-5);
-  const TopK one = indexer_topk(q.device, k.device, w.to(gpu_), from.to(gpu_), to.to(gpu_), K), two = topk_select(got, K);
+  const TopK one = indexer_topk(q.device, k.device, w.to(gpu_), from.to(gpu_), to.to(gpu_), K, 128, true), two = topk_select(got, K);
   EXPECT_TRUE(at::equal(one.indices_TK, two.indices_TK));
   EXPECT_TRUE(at::equal(one.lengths_T, two.lengths_T));
+  const at::Tensor none = one.indices_TK < 0;
+  EXPECT_TRUE(at::equal(one.scores_TK.masked_fill(none, 0), got.gather(1, one.indices_TK.clamp_min(0).to(at::kLong)).masked_fill(none, 0)));
+  EXPECT_FALSE(two.scores_TK.defined());
   const TopK host = topk_select(got.cpu(), K);
   EXPECT_TRUE(at::equal(one.indices_TK.cpu(), host.indices_TK));
   at::Tensor bad = got.clone();
@@ -225,13 +230,20 @@ TEST_F(DeviceTest, LossOverSelectedKeys) {
   const KlRows rows = indexer_kl(scores, p.to(at::kDouble), true);
   const IndexerGradients expected = indexer_logits_selected_backward(rows.gradient_TX * 0.5, q.host, k.host, w.to(at::kDouble), lists.indices);
   const native::IndexerInputs inputs{q.device.detach(), k.device.detach(), w.to(gpu_)};
-  const TopK selected{lists.indices.to(gpu_), lists.lengths.to(gpu_)};
+  TopK selected{lists.indices.to(gpu_), lists.lengths.to(gpu_), {}};
+  const char* why_not = nullptr;
+  EXPECT_FALSE(native::indexer_kl_sparse_supports(inputs, selected, &why_not));
+  selected.scores_TK = scores.to(at::kFloat).to(gpu_);
+  EXPECT_TRUE(native::indexer_kl_sparse_supports(inputs, selected, &why_not)) << why_not;
   const native::IndexerLoss got = native::indexer_kl_sparse(p.to(gpu_), selected, inputs, weight.to(gpu_), 0.5);
   EXPECT_LT(relative_l2(got.kl_T, rows.rows_T), 1e-3);
   EXPECT_LT(relative_l2(got.entropy_T, rows.entropy_prediction_T), 1e-3);
   EXPECT_LT(relative_l2(got.gradients.dq_TJD, expected.dq_TJD), kBf16);
   EXPECT_LT(relative_l2(got.gradients.dw_TJ, expected.dw_TJ), kBf16);
   EXPECT_LT(relative_l2(got.gradients.dk_SD, expected.dk_SD), kBf16);
+  const at::Tensor infinite = weight.masked_fill(at::arange(T) == 3, std::numeric_limits<float>::infinity());
+  const native::IndexerLoss bad = native::indexer_kl_sparse(p.to(gpu_), selected, inputs, infinite.to(gpu_), 0.5);
+  EXPECT_TRUE(bad.gradients.dk_SD.isnan().all().item<bool>());
 }
 
 TEST_F(DeviceTest, RmsNorm) {

@@ -99,10 +99,14 @@ TEST(IndexerTopk, BlocksEqualWholeSelection) {
   const int64_t K = 7;
   DSA_GUARD(x.S, K);
   const TopK whole = topk_select(indexer_logits(x.q, x.k, x.w, x.start, x.end), K);
+  const at::Tensor none = whole.indices_TK < 0;
+  const at::Tensor scores = indexer_logits_selected(x.q, x.k, x.w, whole.indices_TK).masked_fill(none, 0);
   for (const int64_t block : {1, 4, 128}) {
-    const TopK parts = indexer_topk(x.q, x.k, x.w, x.start, x.end, K, block);
+    const TopK parts = indexer_topk(x.q, x.k, x.w, x.start, x.end, K, block, /*want_scores=*/true);
     EXPECT_TRUE(at::equal(parts.indices_TK, whole.indices_TK));
     EXPECT_TRUE(at::equal(parts.lengths_T, whole.lengths_T));
+    EXPECT_LE(relative_distance(parts.scores_TK.masked_fill(none, 0), scores), 1e-13);
+    EXPECT_FALSE(indexer_topk(x.q, x.k, x.w, x.start, x.end, K, block).scores_TK.defined());
   }
 }
 

@@ -69,9 +69,10 @@ IndexerProjection LightningIndexer::project(const at::Tensor& h_NM, const at::Te
 
 TopK LightningIndexer::select(const IndexerProjection& p, const ForwardPass& pass) const {
   const c10::NoGradGuard no_grad;
-  const TopK top = indexer_topk(p.q_NJD, p.k_SD, p.w_NJ, pass.batch.start_N, pass.batch.end_N, top_k_, pass.plan.query_block);
+  const TopK top = indexer_topk(p.q_NJD, p.k_SD, p.w_NJ, pass.batch.start_N, pass.batch.end_N, top_k_, pass.plan.query_block,
+                                pass.plan.indexer_loss && pass.plan.train_indexer);
   Communicator& tensor = mesh_.along(Axis::TENSOR);
-  return {tensor.all_gather(top.indices_TK), tensor.all_gather(top.lengths_T)};
+  return {tensor.all_gather(top.indices_TK), tensor.all_gather(top.lengths_T), top.scores_TK};
 }
 
 void LightningIndexer::record(const IndexerProjection& p, int64_t layer, const ForwardPass& pass) const {

@@ -114,21 +114,29 @@ __global__ void key_gradients(const Inputs in, const Dense g, double* dk) {
   dk[s * kDim + c] = sum;
 }
 
-// One block a row: fp64 scores, softmax, loss, dI.
-__global__ void selected_loss(const IndexerKlSparseParams p, const Inputs in, const Selected g, double* rows, double* d) {
+// One block a row: I of the entries that count, NaN elsewhere.
+__global__ void selected_scores(const IndexerKlSparseParams p, const Inputs in, const Selected g, float* scores) {
+  const int64_t t = blockIdx.x, last = g.last(t);
+  for (int64_t i = threadIdx.x; i < p.k; i += blockDim.x) {
+    const int64_t s = i < last ? g.key(t, i) : -1;
+    double score = 0;
+    for (int j = 0; s >= 0 && j < p.heads; ++j) {
+      double x = 0;
+      for (int c = 0; c < kDim; ++c) x += in.value(in.q + t * in.q_stride + j * kDim + c) * in.value(in.k + s * in.k_stride + c);
+      if (x > 0) score += x * in.w[t * in.w_stride + j];
+    }
+    scores[t * p.scores_stride + i] = s >= 0 ? static_cast<float>(score) : NAN;
+  }
+}
+
+// One block a row: softmax, loss, dI.
+__global__ void selected_loss(const IndexerKlSparseParams p, const Selected g, double* rows, double* d) {
   __shared__ double most, sum, total[3];
   __shared__ int counted;
   const int64_t t = blockIdx.x, last = g.last(t);
   double* row = d + t * p.k;
   for (int64_t i = threadIdx.x; i < p.k; i += blockDim.x) {
-    row[i] = 0;
-    const int64_t s = i < last ? g.key(t, i) : -1;
-    if (s < 0) continue;
-    for (int j = 0; j < p.heads; ++j) {
-      double x = 0;
-      for (int c = 0; c < kDim; ++c) x += in.value(in.q + t * in.q_stride + j * kDim + c) * in.value(in.k + s * in.k_stride + c);
-      if (x > 0) row[i] += x * in.w[t * in.w_stride + j];
-    }
+    row[i] = i < last && g.key(t, i) >= 0 ? p.scores[t * p.scores_stride + i] : 0;
   }
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -175,11 +183,17 @@ void reference_indexer_backward(const IndexerBackwardParams& p, const ReferenceG
   finish("run the reference gradients");
 }
 
+void reference_indexer_scores(const IndexerKlSparseParams& p, float* scores) {
+  selected_scores<<<static_cast<int>(p.queries), 256>>>(p, inputs_of(p, p.key), {nullptr, p.indices, p.indices_stride, p.keys, p.lengths, p.k},
+                                                        scores);
+  finish("run the reference scores");
+}
+
 void reference_indexer_kl_sparse(const IndexerKlSparseParams& p, const ReferenceGradients& out, double* rows, double* d) {
   const Inputs in = inputs_of(p, p.key);
   const Selected g{d, p.indices, p.indices_stride, p.keys, p.lengths, p.k};
   cuda::check(cudaMemset(out.dk, 0, p.keys * kDim * sizeof(double)), "clear the reference's dk");
-  selected_loss<<<static_cast<int>(p.queries), 256>>>(p, in, g, rows, d);
+  selected_loss<<<static_cast<int>(p.queries), 256>>>(p, g, rows, d);
   query_gradients<true><<<static_cast<int>(p.queries * p.heads), kDim>>>(in, g, out);
   finish("run the reference loss");
 }

@@ -16,7 +16,10 @@ struct ReferenceGradients {
 /// From dI in p.d_logits.
 void reference_indexer_backward(const IndexerBackwardParams& p, const ReferenceGradients& out);
 
-/// Also kl, entropy of the target, entropy of the prediction, [T][3]; dI [T,K] is computed in fp64 and kept in d.
+/// I [T,K] of the listed keys, fp64 rounded once, stride p.scores_stride; NaN where an entry does not count.
+void reference_indexer_scores(const IndexerKlSparseParams& p, float* scores);
+
+/// From p.scores. Also kl, entropy of the target, entropy of the prediction, [T][3]; dI [T,K] is computed in fp64 and kept in d.
 void reference_indexer_kl_sparse(const IndexerKlSparseParams& p, const ReferenceGradients& out, double* rows, double* d);
 
 }  // namespace dsa::test

@@ -11,7 +11,7 @@
 #include <random>
 
 #include "kernels/indexer_kl/sparse_params.h"
-#include "kernels/sparse_mla/params.h"
+#include "kernels/quantum.h"
 #include "tests/kernels/cuda/indexer_backward_reference.h"
 #include "tests/kernels/cuda/sparse_mla_reference.h"
 #include "tests/support/cuda_device.h"
@@ -28,11 +28,12 @@ struct Problem {
   std::vector<int32_t> indices, lengths;
   std::vector<float> p, weight;
   DeviceArray<uint16_t> q, key;
-  DeviceArray<float> w, p_d, weight_d;
+  DeviceArray<float> w, p_d, weight_d, scores;
   DeviceArray<int32_t> indices_d, lengths_d;
 
   Problem(int64_t t, int64_t s, int h, int k_, uint32_t seed, Lists kind = Lists::RANDOM)
       : queries(t), keys(s), heads(h), k(k_), weight(t), q(t * (h * 128 + 8)), key(s * 136), w(t * (h + 1)), p_d(t * k), weight_d(t),
+        scores(t * (k + 4)),
         indices_d(t * k), lengths_d(t) {
     fill_normal_bf16(q.data(), q.size(), seed, 1);
     fill_normal_bf16(key.data(), key.size(), seed + 1, 1);
@@ -58,7 +59,13 @@ struct Problem {
         if (counts(t, i)) p[t * k + i] = sum > 0 ? p[t * k + i] / sum : i == 0;
     }
   }
+  /// With the scores of q, k and w.
   IndexerKlSparseParams params() {
+    const IndexerKlSparseParams x = params_of_any_scores();
+    reference_indexer_scores(x, scores.data());
+    return x;
+  }
+  IndexerKlSparseParams params_of_any_scores() {
     const auto copy = [](const auto& to, const auto& from) {
       cuda::check(cudaMemcpy(to.data(), from.data(), from.size() * 4, cudaMemcpyHostToDevice), "copy to the device");
     };
@@ -68,34 +75,41 @@ struct Problem {
     x.q = q.data(), x.q_stride = heads * 128 + 8, x.key = key.data(), x.k_stride = 136, x.w = w.data(), x.w_stride = heads + 1;
     x.indices = indices_d.data(), x.indices_stride = k, x.lengths = lengths_d.data(), x.p_sel = p_d.data(), x.p_stride = k;
     x.loss_scale = 0.25f, x.row_weight = weight_d.data();
+    x.scores = scores.data(), x.scores_stride = k + 4;
     return x;
   }
 };
 
 struct Outputs {
   int64_t queries, rows, keys;
-  DeviceArray<float> kl, target, prediction, dq, dw, dk_sum, dk, amax;
+  DeviceArray<float> kl, target, prediction, dq, dw, dk;
   DeviceArray<uint16_t> dq_bf16, dk_bf16;
+  DeviceArray<uint64_t> dk_sum;
+  DeviceArray<QuantumReport> report;
   DeviceArray<char> workspace;
 
   explicit Outputs(const Problem& x)
       : queries(x.queries), rows(x.queries * x.heads), keys(x.keys), kl(queries), target(queries), prediction(queries), dq(rows * 128 + 64),
-        dw(rows + 64), dk_sum(keys * 128), dk(keys * 128), amax(1), dq_bf16(rows * 128 + 64), dk_bf16(keys * 128),
-        workspace(static_cast<int64_t>(indexer_kl_sparse_workspace_bytes())) {}
-  void run(IndexerKlSparseParams p, float quantum, bool bf16 = false) {
-    for (const auto* a : {&kl, &target, &prediction, &dq, &dw, &dk, &amax}) a->fill_bytes(0xFF);
-    dq_bf16.fill_bytes(0xFF), dk_bf16.fill_bytes(0xFF), workspace.fill_bytes(0xFF), dk_sum.fill_bytes(0);
+        dw(rows + 64), dk(keys * 128), dq_bf16(rows * 128 + 64), dk_bf16(keys * 128), dk_sum(indexer_kl_sparse_sum_bytes(keys) / 8 + 8),
+        report(1), workspace(static_cast<int64_t>(indexer_kl_sparse_workspace_bytes())) {}
+  QuantumReport run(IndexerKlSparseParams p, float quantum, bool bf16 = false) {
+    for (const auto* a : {&kl, &target, &prediction, &dq, &dw, &dk}) a->fill_bytes(0xFF);
+    dq_bf16.fill_bytes(0xFF), dk_bf16.fill_bytes(0xFF), workspace.fill_bytes(0xFF), report.fill_bytes(0xFF), dk_sum.fill_bytes(0xFF);
+    cuda::check(cudaMemset(dk_sum.data(), 0, indexer_kl_sparse_sum_bytes(keys)), "clear the sums");
     p.kl = kl.data(), p.entropy_target = target.data(), p.entropy_prediction = prediction.data();
     p.dq = bf16 ? static_cast<void*>(dq_bf16.data()) : dq.data(), p.dq_bf16 = bf16, p.dw = dw.data(), p.dk_sum = dk_sum.data();
     p.quantum = quantum, p.workspace = workspace.data(), p.workspace_bytes = workspace.size();
     launch_indexer_kl_sparse_sm90(p);
-    launch_indexer_kl_sparse_finish_sm90(dk_sum.data(), keys, bf16 ? static_cast<void*>(dk_bf16.data()) : dk.data(), bf16, amax.data(), nullptr);
+    launch_indexer_kl_sparse_finish_sm90(dk_sum.data(), keys, quantum, bf16 ? static_cast<void*>(dk_bf16.data()) : dk.data(), bf16,
+                                         report.data(), nullptr);
     cuda::check(cudaDeviceSynchronize(), "run indexer_kl over selected keys");
+    const auto sums = dk_sum.host();
+    for (int64_t i = indexer_kl_sparse_sum_bytes(keys) / 8; i < dk_sum.size(); ++i) EXPECT_EQ(sums[i], ~uint64_t{0}) << "written past the end";
+    return report.host()[0];
   }
-  float run_twice(const IndexerKlSparseParams& p) {  // on the quantum that the first run finds
-    run(p, 0);
-    const float quantum = sparse_mla_quantum(amax.host()[0]);
-    run(p, quantum);
+  float run_on_its_quantum(const IndexerKlSparseParams& p) {
+    float quantum = 0;
+    EXPECT_TRUE(QuantumGuess().run([&](float q) { return run(p, quantum = q); }));
     return quantum;
   }
 };
@@ -109,13 +123,10 @@ class IndexerKlSparse : public testing::Test {
     }
   }
 
-  static void expect_equal(Problem& x, const char* what) {
-    const IndexerKlSparseParams p = x.params();
+  static void expect_equal(Problem& x, const char* what) { expect_equal(x, x.params(), what); }
+  static void expect_equal(Problem& x, const IndexerKlSparseParams& p, const char* what) {
     Outputs got(x);
-    const float quantum = got.run_twice(p);
-    if (quantum > 0) {
-      EXPECT_TRUE(sparse_mla_quantum_holds(got.amax.host()[0], quantum)) << what;
-    }
+    const float quantum = got.run_on_its_quantum(p);
     const int64_t rows = got.rows;
     const DeviceArray<double> dq(rows * 128), dw(rows), dk(x.keys * 128), sums(x.queries * 3), d(x.queries * x.k);
     reference_indexer_kl_sparse(p, {dq.data(), dw.data(), dk.data()}, sums.data(), d.data());
@@ -198,14 +209,14 @@ TEST_F(IndexerKlSparse, OneKeyGivesNoLossAndNoGradient) {
   for (int32_t& n : x.lengths) n = 1;
   for (int64_t t = 0; t < 6; ++t) x.p[t * 64] = 0.999f;  // a target that does not quite sum to 1
   Outputs got(x);
-  got.run(x.params(), 0);
+  got.run(x.params(), 0x1p-24f);
   for (const float v : got.kl.host()) EXPECT_EQ(v, 0);
   const auto dq = got.dq.host();
   for (int64_t i = 0; i < got.rows * 128; ++i) ASSERT_EQ(dq[i], 0);
   for (const float v : got.dk.host()) ASSERT_EQ(v, 0);
 }
 
-TEST_F(IndexerKlSparse, KeysSelectedByFp8Scores) {  // the loss and its gradient are those of the bf16 scores: straight through
+TEST_F(IndexerKlSparse, KeysSelectedByFp8Scores) {  // the loss is that of those scores, its gradient passes the quantiser straight through
   Problem x(20, 400, 8, 64, 41);
   const auto value = [](uint16_t b) { return std::bit_cast<float>(uint32_t{b} << 16); };
   const auto rounded = [](float v) {
@@ -213,6 +224,7 @@ TEST_F(IndexerKlSparse, KeysSelectedByFp8Scores) {  // the loss and its gradient
   };
   const auto q = x.q.host(), key = x.key.host();
   const auto w = x.w.host();
+  std::vector<float> scores(x.scores.size(), NAN);
   for (int64_t t = 0; t < 20; ++t) {
     const int seen = 381 + static_cast<int>(t);
     std::vector<std::pair<float, int>> best;
@@ -226,12 +238,14 @@ TEST_F(IndexerKlSparse, KeysSelectedByFp8Scores) {  // the loss and its gradient
       best.push_back({-score, s});
     }
     std::nth_element(best.begin(), best.begin() + 64, best.end());
-    for (int i = 0; i < 64; ++i) x.indices[t * 64 + i] = best[i].second;
-    std::sort(&x.indices[t * 64], &x.indices[t * 64] + 64);
+    std::sort(best.begin(), best.begin() + 64, [](const auto& a, const auto& b) { return a.second < b.second; });
+    for (int i = 0; i < 64; ++i) x.indices[t * 64 + i] = best[i].second, scores[t * 68 + i] = -best[i].first;
     x.lengths[t] = 64;
   }
   x.draw_target(6);
-  expect_equal(x, "selected by e4m3 scores");
+  const IndexerKlSparseParams p = x.params_of_any_scores();
+  cuda::check(cudaMemcpy(x.scores.data(), scores.data(), scores.size() * 4, cudaMemcpyHostToDevice), "copy to the device");
+  expect_equal(x, p, "selected by e4m3 scores");
 }
 
 TEST_F(IndexerKlSparse, LargeScores) {  // the softmax is nearly one-hot, p is far from it
@@ -244,10 +258,10 @@ TEST_F(IndexerKlSparse, RepeatsBitForBit) {
   Problem x(600, 2000, 64, 512, 19, Lists::SHARED);
   const IndexerKlSparseParams p = x.params();
   Outputs got(x);
-  const float quantum = got.run_twice(p);
-  ASSERT_TRUE(sparse_mla_quantum_holds(got.amax.host()[0], quantum));
-  const auto dk = got.dk_sum.host(), dq = got.dq.host(), dw = got.dw.host(), kl = got.kl.host();
-  const auto same = [](const std::vector<float>& a, const std::vector<float>& b) { return !std::memcmp(a.data(), b.data(), a.size() * 4); };
+  const float quantum = got.run_on_its_quantum(p);
+  const auto dk = got.dk_sum.host();
+  const auto dq = got.dq.host(), dw = got.dw.host(), kl = got.kl.host();
+  const auto same = [](const auto& a, const auto& b) { return !std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]); };
   for (int i = 0; i < 1000; ++i) {
     got.run(p, quantum);
     ASSERT_TRUE(same(got.dk_sum.host(), dk)) << "run " << i;
@@ -260,29 +274,52 @@ TEST_F(IndexerKlSparse, RepeatsBitForBit) {
   std::vector<int32_t> order(600);
   for (int t = 0; t < 600; ++t) order[t] = (t * 7 + 3) % 600;
   IndexerKlSparseParams one = p;
-  got.dk_sum.fill_bytes(0);
+  cuda::check(cudaMemset(got.dk_sum.data(), 0, indexer_kl_sparse_sum_bytes(x.keys)), "clear the sums");
   one.workspace = got.workspace.data(), one.workspace_bytes = got.workspace.size();
   one.queries = 1, one.quantum = quantum, one.dq = got.dq.data(), one.dq_bf16 = false, one.dw = got.dw.data(), one.dk_sum = got.dk_sum.data();
   for (const int t : order) {
     one.q = x.q.data() + t * p.q_stride, one.w = x.w.data() + t * p.w_stride, one.indices = p.indices + t * p.indices_stride;
     one.lengths = p.lengths + t, one.p_sel = p.p_sel + t * p.p_stride, one.row_weight = p.row_weight + t;
+    one.scores = p.scores + t * p.scores_stride;
     launch_indexer_kl_sparse_sm90(one);
   }
   ASSERT_TRUE(same(got.dk_sum.host(), dk));
-  got.run(p, quantum / 64);  // a quantum too small for these sums is noticed
-  EXPECT_FALSE(sparse_mla_quantum_holds(got.amax.host()[0], quantum / 64));
+}
+
+TEST_F(IndexerKlSparse, QuantumTooSmallIsNoticed) {
+  Problem x(300, 2000, 64, 512, 43, Lists::SHARED);
+  const IndexerKlSparseParams p = x.params();
+  Outputs got(x);
+  const float quantum = got.run_on_its_quantum(p);
+  const QuantumReport fits = got.run(p, quantum);
+  EXPECT_EQ(fits.difference, 0u);
+  EXPECT_LE(fits.most, QuantumGuess::kMostQuanta);
+  for (int i = 4; i <= 96; i += 4) {
+    const QuantumReport r = got.run(p, std::ldexp(quantum, -i));
+    EXPECT_TRUE(r.difference || r.most > QuantumGuess::kMostQuanta) << "2^-" << i << " of the quantum";
+  }
+  const float before = got.kl.host()[0];
+  x.weight[3] = INFINITY;
+  got.run(x.params(), quantum);
+  EXPECT_EQ(got.kl.host()[0], before);
+  EXPECT_FALSE(QuantumGuess().run([&](float q) { return got.run(p, q); }));
 }
 
 TEST_F(IndexerKlSparse, RefusesWithAReason) {
   Problem x(2, 100, 8, 64, 37);
   IndexerKlSparseParams p = x.params();
   const char* why = nullptr;
-  EXPECT_TRUE(sm90_supports(p, &why));
+  p.quantum = 1;
+  EXPECT_TRUE(sm90_supports(p, &why)) << why;
   p.k = 65;
   EXPECT_FALSE(sm90_supports(p, &why));
   p.k = 64, p.quantum = 3;
   EXPECT_THROW(launch_indexer_kl_sparse_sm90(p), std::runtime_error);
   p.quantum = 0;
+  EXPECT_FALSE(sm90_supports(p, &why));
+  p.quantum = 1, p.scores = nullptr;
+  EXPECT_FALSE(sm90_supports(p, &why));
+  p.scores = x.scores.data();
   EXPECT_THROW(launch_indexer_kl_sparse_sm90(p), std::runtime_error);  // no workspace
 }
 
