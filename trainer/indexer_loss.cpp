@@ -75,8 +75,8 @@ void measure_recall(const IndexerLossTarget& target, const TopK& selection, cons
   const at::Tensor rows = (at::arange(1, sampled + 1, longs) * rows_T).div(sampled, "floor") - 1;
   const at::Tensor start = b.start_T.index_select(0, rows), end = b.end_T.index_select(0, rows);
   const KeyRange keys = key_range(start, end);
-  const at::Tensor kv = kv_SE.narrow(0, keys.first, keys.count).to(b.real_N.scalar_type());
-  at::Tensor s_RHS = (latent_queries(rows).to(kv.scalar_type()).matmul(kv.t())) * target.scale;
+  const at::Tensor q_RHE = latent_queries(rows), kv = kv_SE.narrow(0, keys.first, keys.count);
+  at::Tensor s_RHS = wide_mm(q_RHE.flatten(0, 1), kv.t()).view({sampled, -1, keys.count}) * target.scale;
   const at::Tensor key = at::arange(keys.first, keys.first + keys.count, longs).unsqueeze(0);
   const at::Tensor hidden = (key < start.unsqueeze(1)).logical_or(key >= end.unsqueeze(1));
   s_RHS.masked_fill_(hidden.unsqueeze(1), -std::numeric_limits<double>::infinity());

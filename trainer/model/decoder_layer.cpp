@@ -31,7 +31,7 @@ FeedForwardOutput DecoderLayer::forward(const at::Tensor& x_NM, const ForwardPas
     TopK selection;
     return run(x_NM, pass, selection);
   }
-  // The selection of the first run is kept (int32, top-k a row) and used again by the second.
+  // The selection of the first run is kept (of the own rows; top-k int32 and, to learn from, fp32) for the second.
   auto selection = std::make_shared<TopK>();
   auto [y_NM, balance] = recompute(x_NM, [this, pass, selection](const at::Tensor& x, bool first_of_two) {
     ForwardPass again = pass;

@@ -69,10 +69,8 @@ IndexerProjection LightningIndexer::project(const at::Tensor& h_NM, const at::Te
 
 TopK LightningIndexer::select(const IndexerProjection& p, const ForwardPass& pass) const {
   const c10::NoGradGuard no_grad;
-  const TopK top = indexer_topk(p.q_NJD, p.k_SD, p.w_NJ, pass.batch.start_N, pass.batch.end_N, top_k_, pass.plan.query_block,
-                                pass.plan.indexer_loss && pass.plan.train_indexer);
-  Communicator& tensor = mesh_.along(Axis::TENSOR);
-  return {tensor.all_gather(top.indices_TK), tensor.all_gather(top.lengths_T), top.scores_TK};
+  return indexer_topk(p.q_NJD, p.k_SD, p.w_NJ, pass.batch.start_N, pass.batch.end_N, top_k_, pass.plan.query_block,
+                      pass.plan.indexer_loss && pass.plan.train_indexer);
 }
 
 void LightningIndexer::record(const IndexerProjection& p, int64_t layer, const ForwardPass& pass) const {
@@ -80,7 +78,7 @@ void LightningIndexer::record(const IndexerProjection& p, int64_t layer, const F
   const std::string name = "indexer." + std::to_string(layer);
   pass.recorder->rows_N[name + ".scores"] =
       indexer_logits(p.q_NJD.detach(), p.k_SD.detach(), p.w_NJ.detach(), pass.batch.start_N, pass.batch.end_N);
-  pass.recorder->context_rows_T[name + ".topk"] = select(p, pass).indices_TK;
+  pass.recorder->context_rows_T[name + ".topk"] = mesh_.along(Axis::TENSOR).all_gather(select(p, pass).indices_TK);
 }
 
 }  // namespace dsa

@@ -26,8 +26,8 @@ class LightningIndexer {
 
   // h_NM: output of the attention norm; qr_NQ: normalised latent query. Both are detached here.
   IndexerProjection project(const at::Tensor& h_NM, const at::Tensor& qr_NQ, const ForwardPass& pass) const;
-  // The selected keys of every query row of this context rank (T), as rows of the stream. Where the indexer is to learn from
-  // them also their scores, of the rows this rank owns (N): they are as large as the lists (1 GiB at 131,072 rows of 2048).
+  // The selected keys of the query rows this rank owns (N), as rows of the stream, and where the indexer is to learn from them
+  // their scores: 1 GiB each at 131,072 rows of 2048.
   TopK select(const IndexerProjection& projection, const ForwardPass& pass) const;
 
   // For `probe`: "indexer.L.scores" [N, S] (-inf outside a row's range) and "indexer.L.topk" [T, K].

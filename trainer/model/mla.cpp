@@ -61,10 +61,12 @@ at::Tensor Mla::forward(const at::Tensor& h_NM, const ForwardPass& pass, TopK& s
   if (selects) selection = indexer_->select(indexer, pass);
   if (measures && pass.recorder) indexer_->record(indexer, layer_, pass);
 
-  const at::Tensor qr_TQ = gather_rows(qr_NQ, mesh_.along(Axis::TENSOR));
-  const at::Tensor u_TM = pass.plan.attention == AttentionMode::DENSE ? attend_dense(qr_TQ, kv_SE, indexer, pass)
-                                                                      : attend_sparse(qr_TQ, kv_SE, indexer, pass, selection);
-  return reduce_scatter_rows(u_TM, mesh_.along(Axis::TENSOR));
+  Communicator& tensor = mesh_.along(Axis::TENSOR);
+  const at::Tensor qr_TQ = gather_rows(qr_NQ, tensor);
+  if (pass.plan.attention == AttentionMode::DENSE)
+    return reduce_scatter_rows(attend_dense(qr_TQ, kv_SE, indexer, pass), tensor);
+  const TopK lists{tensor.all_gather(selection.indices_TK), tensor.all_gather(selection.lengths_T), selection.scores_TK};
+  return reduce_scatter_rows(attend_sparse(qr_TQ, kv_SE, indexer, pass, lists), tensor);
 }
 
 at::Tensor Mla::projected_queries(const at::Tensor& qr_RQ, const at::Tensor& q_b) const {

@@ -20,8 +20,8 @@ class Mla {
   // prefix: "model.layers.L.self_attn."; layer: the entry of ModelReport::layers it reports to.
   Mla(const ModelBuilder& builder, const std::string& prefix, int64_t layer, bool hadamard);
 
-  // h_NM [own rows, hidden] -> [own rows, hidden]. `selection` is filled by the first run and used again by the
-  // second when a layer is recomputed, so that both attend to the same keys.
+  // h_NM [own rows, hidden] -> [own rows, hidden]. `selection`, of the own rows, is filled by the first run and used again by
+  // the second when a layer is recomputed, so that both attend to the same keys.
   at::Tensor forward(const at::Tensor& h_NM, const ForwardPass& pass, TopK& selection) const;
 
  private:
