@@ -32,9 +32,11 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t b
                    shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
-/// Waits until the shared memory of this thread's bulk stores (cp.async.bulk to global memory) may be overwritten.
+/// Waits until the shared memory of this thread's bulk stores (cp.async.bulk to global memory), but for the last
+/// `pending`, may be overwritten.
+template <int pending = 0>
 __device__ __forceinline__ void bulk_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
 /// Waits until this thread's bulk stores are complete.
 __device__ __forceinline__ void bulk_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

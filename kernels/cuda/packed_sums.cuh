@@ -6,10 +6,11 @@
 // A sum of words is the word of the sums: fields may pass their bits on the way, only the final sums must lie in
 // +-2^20. One that does not spills into the field above and looks like other sums in range, so a table carries a
 // checksum before its first row: every kernel that adds also sums weight * i (mod 2^32) of what it adds, and the end of
-// the sums compares that with the same of the decoded fields. All weights are odd. A sum too large by c 2^21 (c 2^22 in
-// the uppermost field) changes the comparison by c (w' - 2^21 w), w' being the weight of the field above: an odd number
-// times c; in the uppermost field by c 2^22 w. So one sum out of range is always seen (in the uppermost field, unless
-// it passes 2^31). Of many at once none is seen with a chance of about 2^-32: the weights are hashes.
+// the sums compares that with the same of the decoded fields. The weights are odd, but for those of the lowest fields,
+// which are 0. A sum too large by c 2^21 (c 2^22 in the uppermost field) changes the comparison by c (w' - 2^21 w), w'
+// being the weight of the field above: an odd number times c; in the uppermost field by c 2^22 w. So one sum out of
+// range is always seen (in the uppermost field, unless it passes 2^31). Of many at once none is seen with a chance of
+// about 2^-32: the weights are hashes.
 // A contribution that is NaN, infinite or beyond 2^22 quanta has no integer; a bit of its own says so.
 //
 // A row's words belong to owners, the threads that hold its columns: every owner has a sequence of columns, three to a
@@ -52,7 +53,7 @@ constexpr __host__ __device__ uint32_t odd_hash(uint32_t x) {
 /// The weight of an owner's n-th column is the product of three. For constant n it is an immediate operand.
 __device__ __forceinline__ uint32_t row_weight(uint32_t row) { return odd_hash(row); }
 __device__ __forceinline__ uint32_t owner_weight(uint32_t owner) { return odd_hash(0x40000000 + owner); }
-constexpr __host__ __device__ uint32_t column_weight(uint32_t n) { return odd_hash(0x60000000 + n); }
+constexpr __host__ __device__ uint32_t column_weight(uint32_t n) { return n % 3 ? odd_hash(0x60000000 + n) : 0; }
 
 /// Contributions as integers: the low bits of x + 1.5 * 2^23 quanta, less those of zero.
 struct Quanta {
@@ -72,8 +73,8 @@ struct Quanta {
     return base + raw0 + raw1 * (1ull << 21) + (uint64_t{raw2 << 10} << 32);
   }
 };
-/// The same in fewer instructions: a word's upper two fields are made with a magic number that lies below the other by as
-/// many quanta as zero >> 21, so that in a word the zeros cancel (zero's low 22 bits are 0).
+/// The same in fewer instructions: a word's upper two fields are made with a magic number that lies below the other by
+/// as many quanta as zero >> 21, so that in a word the zeros cancel (zero's low 22 bits are 0).
 struct QuantaOfWords : Quanta {
   float upper;
   uint32_t upper_zero;  ///< raw_upper(0)

@@ -3,7 +3,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <limits>
@@ -71,7 +70,8 @@ reference::SparseMlaGradients sparse_mla_backward(const at::Tensor& do_THC, cons
   const int64_t T = q.size(0), H = q.size(1), S = kv.size(0);
   const auto fp32 = q.options().dtype(at::kFloat);
   reference::SparseMlaGradients out{at::empty_like(q), at::empty_like(kv), at::empty({T, indices.size(1)}, fp32)};
-  const at::Tensor delta = at::empty({T, H}, fp32), sum = at::empty({S, 576}, fp32), amax = at::zeros({1}, fp32);
+  const at::Tensor delta = at::empty({T, H}, fp32), report = at::empty({2}, q.options().dtype(at::kInt)),
+                   sum = at::empty({sparse_mla_sum_bytes(S) / 8}, q.options().dtype(at::kLong));
 
   SparseMlaBackwardParams p;
   describe(p, q, kv, indices, lengths_T, scale);
@@ -81,7 +81,7 @@ reference::SparseMlaGradients sparse_mla_backward(const at::Tensor& do_THC, cons
   p.delta = delta.const_data_ptr<float>();
   p.dq = out.dq_THE.data_ptr();
   p.p_sel = out.mass_TK.data_ptr<float>();
-  p.dkv_sum = sum.data_ptr<float>();
+  p.dkv_sum = reinterpret_cast<uint64_t*>(sum.data_ptr<int64_t>());
   p.workspace_bytes = sparse_mla_workspace_bytes(p, std::min(T, kWorkspaceRows));
   const at::Tensor workspace = at::empty({static_cast<int64_t>(p.workspace_bytes)}, q.options().dtype(at::kByte));
   p.workspace = workspace.data_ptr();
@@ -90,9 +90,11 @@ reference::SparseMlaGradients sparse_mla_backward(const at::Tensor& do_THC, cons
     sum.zero_();
     p.quantum = q;
     launch_sparse_mla_backward_sm90(p);
-    launch_sparse_mla_finish_sm90(p.dkv_sum, S, out.dkv_SE.data_ptr(), /*bf16=*/true, amax.data_ptr<float>(), p.stream);
-    const float most = amax.item<float>() / q;
-    return QuantumReport{static_cast<uint32_t>(std::min(most, 4e9f)), !(most < 4e9f)};
+    launch_sparse_mla_finish_sm90(p.dkv_sum, S, q, out.dkv_SE.data_ptr(), /*bf16=*/true,
+                                  reinterpret_cast<QuantumReport*>(report.data_ptr<int32_t>()), p.stream);
+    const at::Tensor host = report.cpu();
+    const auto* words = host.const_data_ptr<int32_t>();
+    return QuantumReport{static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[1])};
   });
   if (!finite) out.dkv_SE.fill_(std::numeric_limits<float>::quiet_NaN());
   out.mass_TK.mul_(static_cast<double>(H));

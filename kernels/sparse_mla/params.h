@@ -11,13 +11,13 @@
 // the backward pass for 32 heads or fewer gives no particular numbers.
 //
 // The backward pass of one layer over several blocks of query rows (and any number of calls) sums into one dkv_sum:
-//   1. Clear dkv_sum [S,576]; choose a quantum, sparse_mla_quantum of the greatest magnitude of the step before, or 0
-//      the first time.
+//   1. Clear dkv_sum, sparse_mla_sum_bytes(S) bytes; choose a quantum (QuantumGuess of kernels/quantum.h does).
 //   2. For every block: launch_sparse_mla_delta_sm90, launch_sparse_mla_backward_sm90, all with that quantum. dq and
 //      p_sel of the block are final. The blocks may come in any order and size.
-//   3. launch_sparse_mla_finish_sm90 once: dkv, and the greatest magnitude of the sums.
-//   4. If sparse_mla_quantum_holds(amax, quantum) the sums have the same bits in every run. Otherwise redo 1 to 3 with
-//      sparse_mla_quantum(amax). (kernels/quantum.h makes the choice a function of the inputs alone.)
+//   3. launch_sparse_mla_finish_sm90 once: dkv, and a report on the sums.
+//   4. If the report's difference is 0 and its greatest magnitude at most QuantumGuess::kMostQuanta, dkv is right and
+//      has the same bits in every run. Otherwise redo 1 to 3 with a coarser quantum. (QuantumGuess makes the choice a
+//      function of the inputs alone.)
 #pragma once
 
 #include <cstddef>
@@ -26,6 +26,8 @@
 struct CUstream_st;
 
 namespace dsa {
+
+struct QuantumReport;  // kernels/quantum.h
 
 struct SparseMlaParams {
   int64_t queries = 0;  ///< T
@@ -60,14 +62,16 @@ struct SparseMlaBackwardParams : SparseMlaParams {
 
   void* dq = nullptr;             ///< [T,H,576] contiguous, bf16; 16-byte aligned
   float* p_sel = nullptr;         ///< [T,K] contiguous; 0 where an entry does not count
-  float* dkv_sum = nullptr;  ///< [S,576] fp32 that this call adds to, columns in an order of its own; 16-byte aligned
-  /// Every contribution to dkv_sum is rounded to a multiple of this power of two, which makes the sums independent of
-  /// their order as long as no sum passes 2^23 quanta. 0: no rounding; the bits then depend on the order.
+  /// Sums that this call adds to: a checksum, then 192 words a key of three integers each, in an order of their own
+  /// (kernels/cuda/packed_sums.cuh). 128-byte aligned, sparse_mla_sum_bytes(S) bytes or more.
+  uint64_t* dkv_sum = nullptr;
+  /// A power of two. Every contribution to dkv_sum is rounded to a multiple of it, which makes the sums independent of
+  /// their order as long as none passes 2^20 quanta.
   float quantum = 0;
-  /// Of how many keys the sums (2304 bytes each) stay in the L2 cache. Where the lists of a call's last 1024 queries
+  /// Of how many keys the sums (1536 bytes each) stay in the L2 cache. Where the lists of a call's last 1024 queries
   /// name more, contributions (of a list to a key, over all heads) are also rounded to bf16, written to the workspace
   /// and summed by key, instead of being added to memory one by one.
-  int cached_keys = 16384;
+  int cached_keys = 49152;
 
   /// 16-byte aligned; at least sparse_mla_workspace_bytes(p, 1), best for 512 rows and more.
   void* workspace = nullptr;
@@ -88,17 +92,15 @@ void launch_sparse_mla_delta_sm90(const SparseMlaBackwardParams& p, const void* 
 size_t sparse_mla_workspace_bytes(const SparseMlaBackwardParams& p, int64_t rows);
 
 /// Enqueues the backward kernels: dq, p_sel, and the sums added to dkv_sum. Throws like the forward launch.
-/// dq and p_sel have the same bits on every run, dkv_sum too unless the quantum is 0 or too small.
+/// dq, p_sel and dkv_sum have the same bits on every run.
 void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p);
 
-/// Writes dkv [S,576] contiguous, bf16 or fp32, from finished sums, and the greatest magnitude in dkv_sum to amax (one
-/// fp32 on the device). The sums are repeatable if sparse_mla_quantum_holds(amax, quantum); otherwise redo the backward
-/// pass with sparse_mla_quantum(amax).
-void launch_sparse_mla_finish_sm90(const float* dkv_sum, int64_t keys, void* dkv, bool bf16, float* amax,
-                                   CUstream_st* stream);
+/// Bytes of dkv_sum.
+int64_t sparse_mla_sum_bytes(int64_t keys);
 
-/// The quantum for sums of up to four times this magnitude; 0 for amax = 0.
-float sparse_mla_quantum(float amax);
-bool sparse_mla_quantum_holds(float amax, float quantum);
+/// Writes dkv [S,576] contiguous, bf16 or fp32, from finished sums, and what they say of the quantum (one report on the
+/// device). quantum: of the calls before.
+void launch_sparse_mla_finish_sm90(const uint64_t* dkv_sum, int64_t keys, float quantum, void* dkv, bool bf16,
+                                   QuantumReport* report, CUstream_st* stream);
 
 }  // namespace dsa

@@ -13,10 +13,10 @@
 #include <type_traits>
 
 #include "kernels/cuda/check.h"
-#include "kernels/cuda/quantum_sums.cuh"
+#include "kernels/cuda/packed_sums.cuh"
 #include "kernels/sparse_mla/sm90_backward.h"
 #include "kernels/sparse_mla/sm90_maps.h"
-#include "kernels/sparse_mla/sm90_tile.cuh"
+#include "kernels/sparse_mla/sm90_sum_layout.cuh"
 
 namespace dsa {
 namespace sparse_mla_sm90 {
@@ -96,7 +96,7 @@ int64_t most_lists(const SparseMlaBackwardParams& p) {
 }
 
 // Multiprocessors, of 132, for the kernel of the keys while both run; measured. Its work depends less on the heads.
-constexpr int kKeyShare = 52, kKeyShareOfOneBlock = 64;
+constexpr int kKeyShare = 54, kKeyShareOfOneBlock = 68;
 
 // A stream beside the caller's and the events between them, for the time of one launch.
 struct SideStream {
@@ -127,10 +127,7 @@ size_t sparse_mla_workspace_bytes(const SparseMlaBackwardParams& p, int64_t rows
   return static_cast<size_t>(sparse_mla_sm90::Workspace(p, (rows + group - 1) / group, nullptr).bytes);
 }
 
-float sparse_mla_quantum(float amax) {
-  return amax > 0 ? std::ldexp(1.f, static_cast<int>(std::ceil(std::log2(4 * amax))) - 23) : 0;
-}
-bool sparse_mla_quantum_holds(float amax, float quantum) { return quantum > 0 && amax <= quantum * 0x1p23f; }
+int64_t sparse_mla_sum_bytes(int64_t keys) { return cuda::packed_sums_bytes<sparse_mla_sm90::SumLayout>(keys); }
 
 void launch_sparse_mla_delta_sm90(const SparseMlaBackwardParams& p, const void* o, float* delta) {
   const int64_t rows = p.queries * p.heads;
@@ -141,23 +138,23 @@ void launch_sparse_mla_delta_sm90(const SparseMlaBackwardParams& p, const void* 
   cuda::check(cudaGetLastError(), "launch sparse_mla delta");
 }
 
-void launch_sparse_mla_finish_sm90(const float* dkv_sum, int64_t keys, void* dkv, bool bf16, float* amax,
-                                   cudaStream_t stream) {
-  cuda::launch_finish_quantum_sums(dkv_sum, keys * 576, dkv, bf16, amax, stream);
+void launch_sparse_mla_finish_sm90(const uint64_t* dkv_sum, int64_t keys, float quantum, void* dkv, bool bf16,
+                                   QuantumReport* report, cudaStream_t stream) {
+  cuda::launch_finish_packed_sums<sparse_mla_sm90::SumLayout>(dkv_sum, keys, quantum, dkv, bf16, report, stream);
 }
 
 void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p) {
   using namespace sparse_mla_sm90;
   require_supported(p, "sparse_mla backward");
-  if (p.d_o_stride % 8 || reinterpret_cast<uintptr_t>(p.d_o) % 16 || reinterpret_cast<uintptr_t>(p.dkv_sum) % 16 ||
+  if (p.d_o_stride % 8 || reinterpret_cast<uintptr_t>(p.d_o) % 16 || reinterpret_cast<uintptr_t>(p.dkv_sum) % 128 ||
       reinterpret_cast<uintptr_t>(p.dq) % 16 || reinterpret_cast<uintptr_t>(p.workspace) % 16)
     throw std::runtime_error(
-        "cannot run sparse_mla backward for Hopper (d_o, dkv_sum, dq or the workspace is not 16-byte aligned) choose "
-        "another implementation");
+        "cannot run sparse_mla backward for Hopper (d_o, dq or the workspace is not 16-byte aligned, or dkv_sum not "
+        "128-byte) choose another implementation");
   int exponent;
-  if (p.quantum != 0 && std::frexp(p.quantum, &exponent) != 0.5f)
+  if (!(p.quantum > 0) || std::frexp(p.quantum, &exponent) != 0.5f)
     throw std::runtime_error(
-        "cannot run sparse_mla backward (the quantum is no power of two) take it from sparse_mla_quantum");
+        "cannot run sparse_mla backward (the quantum is no power of two) take it from QuantumGuess");
   if (p.queries == 0) return;
   const int64_t group = group_of(p), lists = most_lists(p), rows = lists * group;
   if (rows < 1)

@@ -11,17 +11,14 @@
 
 namespace dsa::cuda {
 
-/// Adds 16 bytes to global memory.
-__device__ __forceinline__ void add_f32x4(float* to, float4 x) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z),
-               "f"(x.w)
+/// Adds 64-bit words of shared memory to global memory; 16-byte aligned, a multiple of 16 bytes. The shared memory is
+/// read until bulk_store_wait_read; commit first.
+__device__ __forceinline__ void bulk_add_u64(uint64_t* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u64 [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
                : "memory");
 }
-
-/// Adds 8 bytes.
-__device__ __forceinline__ void add_f32x2(float* to, float2 x) {
-  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x.x), "f"(x.y) : "memory");
-}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 /// A cache policy for what is read or written once: it leaves the L2 cache before anything else.
 __device__ __forceinline__ uint64_t evict_first() {
@@ -59,27 +56,14 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], uint3
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
 }
 
-/// N = 144; accumulate = 0 overwrites d.
+/// N = 16; accumulate = 0 overwrites d.
 template <bool a_across, bool b_across>
-__device__ __forceinline__ void wgmma_bf16_n144(float (&d)[72], uint64_t a, uint64_t b, int accumulate = 1) {
+__device__ __forceinline__ void wgmma_bf16_n16(float (&d)[8], uint64_t a, uint64_t b, int accumulate = 1) {
   asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %74, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n144k16.f32.bf16.bf16 {"
-      DSA_REGISTERS_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
-      "}, %72, %73, p, 1, 1, %75, %76;\n}"
-      : DSA_ACCUMULATORS_64("+f"), DSA_ACCUMULATORS_4("+f", 64), DSA_ACCUMULATORS_4("+f", 68)
-      : "l"(a), "l"(b), "r"(accumulate), "n"(a_across), "n"(b_across));
-}
-
-/// N = 128: the first 128 of 144 columns.
-template <bool a_across, bool b_across>
-__device__ __forceinline__ void wgmma_bf16_n128_of_144(float (&d)[72], uint64_t a, uint64_t b, int accumulate = 1) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      DSA_REGISTERS_64
-      "}, %64, %65, p, 1, 1, %67, %68;\n}"
-      : DSA_ACCUMULATORS_64("+f")
+      "{\n .reg .pred p;\n setp.ne.b32 p, %10, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, %11, "
+      "%12;\n}"
+      : DSA_ACCUMULATORS_4("+f", 0), DSA_ACCUMULATORS_4("+f", 4)
       : "l"(a), "l"(b), "r"(accumulate), "n"(a_across), "n"(b_across));
 }
 

@@ -2,32 +2,42 @@
 // sm90_backward_queries.cu leaves behind.
 //
 // A CTA takes half of the columns (256 latent, 32 rope) of a query, keeps q and do of all heads in shared memory and
-// turns every tile of P and dS into 64 keys x 288 columns, summed over all heads before they leave the SM. Either
-// warpgroup owns 144 of the columns; while the tensor cores work on a tile, it adds the one before to global memory.
-// The warpgroups take turns at the tensor cores: if both multiplied at once, both would add at once, and neither would
-// use what the other leaves. Every contribution is rounded to a multiple of a power of two, after which fp32 additions
-// are exact and their order has no effect. Where the sums of the keys that the lists name do not stay in the caches,
-// contributions go to the workspace instead, rounded to bf16, and sm90_backward_sums.cu adds them.
-// Column 16B + 8b + 2q + e of a key lies at 16B + 4q + 2b + e of dkv_sum: a thread's accumulators are four in a row.
+// turns every tile of P and dS into 64 keys x 288 columns, summed over all heads before they leave the SM. A job is 144
+// of a tile's columns. Three warpgroups take one job after the other and turns at the tensor cores: while one
+// multiplies, the others make words of what they have (packed_sums.cuh) and hand them to the copy engine, which adds
+// them to global memory. Where the sums of the keys that the lists name do not stay in the caches, contributions go to
+// the workspace instead, rounded to bf16, and sm90_backward_sums.cu adds them.
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/packed_sums.cuh"
 #include "kernels/sparse_mla/sm90_backward.h"
 #include "kernels/sparse_mla/sm90_backward_instructions.cuh"
+#include "kernels/sparse_mla/sm90_sum_layout.cuh"
 #include "kernels/sparse_mla/sm90_tile.cuh"
 
 namespace dsa::sparse_mla_sm90 {
 namespace {
 
-constexpr int kThreads = 384;  // the third warpgroup only copies
+constexpr int kWorkers = 3, kThreads = 128 * (kWorkers + 1);  // warpgroups; one more only copies
+constexpr int kUnits = 5, kUnitsByKey = 8;  // of weights in shared memory: P or dS of a tile for 64 heads
+constexpr int kPartBytes = 8 * SumLayout::kPartWords, kRowPitch = kPartBytes + 32;  // of a key's words: 8 banks apart
 
 template <int kBlocks>  // of 64 heads
 struct Shared {
   static constexpr int kHeadPanel = kBlocks * kPanelBytes;  // 64 columns of all heads
-  static constexpr int kStage = kBlocks * static_cast<int>(kWeightBytes);
-  // Of q: a warpgroup's 128 latent columns, its 16 rope columns (and 48 unused), the other's.
-  alignas(1024) char q[6 * kHeadPanel];
+  static constexpr int kBuffers = kBlocks == 1 ? 2 : 1;     // of a warp: words of eight keys
+  alignas(1024) char q[4 * kHeadPanel];                     // 128 latent columns of a job, of the other
+  alignas(1024) char rope[kHeadPanel];                      // 16 columns, the other's 16 (and 32 unused)
   alignas(1024) char g[4 * kHeadPanel];
-  alignas(1024) char weights[2][kStage];
-  uint64_t full[2], free[2], multiplied[2], q_full, q_free;
+  // Weights, then the buffers; by key there are none and more weights.
+  alignas(1024) char ring[kUnits * kPanelBytes + 4 * kWorkers * kBuffers * 8 * kRowPitch];
+  uint64_t full[kUnitsByKey], free[kUnitsByKey], multiplied[kWorkers], q_full, q_free;
+  bool by_key;
+  static_assert(sizeof(ring) >= kUnitsByKey * kPanelBytes);
+
+  __device__ __forceinline__ char* weights(uint32_t unit) { return ring + unit * kPanelBytes; }
+  __device__ __forceinline__ char* words(int warp) {
+    return ring + kUnits * kPanelBytes + warp * (kBuffers * 8 * kRowPitch);
+  }
 };
 
 struct Arguments {
@@ -35,59 +45,54 @@ struct Arguments {
   int64_t first_list, first_row, groups;
   int group;  // queries of a CTA: rows of the matrix products are those of all their heads
   const char* weights;
-  float* dkv;
-  float magic;  // 1.5 * 2^23 quanta: adding it rounds to a quantum
+  cuda::PackedSumsHead* head;
+  uint64_t* table;
+  float magic;  // of the quantum, see packed_sums.cuh
   __nv_bfloat16* contributions;  // [groups][lists.k][576]
   const int32_t* named;          // keys that the lists name; of more than cached_keys, the contributions go there
   int cached_keys;
 };
 
-template <int kBlocks>
+template <int kBlocks, int kUnits>
 __device__ void load_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, const Arguments& a, Shared<kBlocks>& s) {
   using S = Shared<kBlocks>;
   const uint64_t once = cuda::evict_first();
-  uint32_t done = 0, item_parity = 0;
+  uint32_t unit = 0, item_parity = 0;
   for (int64_t item = blockIdx.x; item < 2 * a.groups; item += gridDim.x) {
     const int64_t index = item / 2;
     const int half = item % 2, tiles = tiles_of(a.lists.length(a.first_list + index));
     const int t = static_cast<int>(a.first_row + index * a.group);
     if (tiles == 0) continue;
-    const char* from = a.weights + index * (a.lists.k / kTile) * S::kStage;
+    const char* from = a.weights + index * (a.lists.k / kTile) * kBlocks * kWeightBytes;
     const auto load_weights = [&] {
-      const int stage = done % 2;
-      cuda::mbarrier_wait(&s.free[stage], (done / 2 & 1) ^ 1);
-      cuda::mbarrier_arrive_expect(&s.full[stage], S::kStage);
-      cuda::bulk_load_once(s.weights[stage], from, S::kStage, &s.full[stage], once);
-      from += S::kStage, ++done;
+      const uint32_t at = unit % kUnits;
+      cuda::mbarrier_wait(&s.free[at], (unit / kUnits & 1) ^ 1);
+      cuda::mbarrier_arrive_expect(&s.full[at], kPanelBytes);
+      cuda::bulk_load_once(s.weights(at), from, kPanelBytes, &s.full[at], once);
+      from += kPanelBytes;
+      ++unit;
     };
     load_weights();  // while q and do of the item before are still in use
     cuda::mbarrier_wait(&s.q_free, item_parity ^ 1);
     item_parity ^= 1;
-    cuda::mbarrier_arrive_expect(&s.q_full, 10 * S::kHeadPanel);
-    for (int p = 0; p < 6; ++p)
-      for (int b = 0; b < kBlocks; ++b) {
-        const int group = p / 3, i = p % 3, value = half * 256 + group * 128 + i * 64;
-        const int column = i == 2 ? kLatent + half * 32 + group * 16 : value;
-        cuda::tma_load_3d_once(s.q + p * S::kHeadPanel + b * kPanelBytes, map_q, &s.q_full, column, b * kHeadBlock, t,
-                               once);
-        if (i < 2)
-          cuda::tma_load_3d_once(s.g + (2 * group + i) * S::kHeadPanel + b * kPanelBytes, map_g, &s.q_full, value,
-                                 b * kHeadBlock, t, once);
+    cuda::mbarrier_arrive_expect(&s.q_full, 9 * S::kHeadPanel);
+    for (int b = 0; b < kBlocks; ++b) {
+      const auto load = [&](char* to, const CUtensorMap* map, int column) {
+        cuda::tma_load_3d_once(to + b * kPanelBytes, map, &s.q_full, column, b * kHeadBlock, t, once);
+      };
+      for (int p = 0; p < 4; ++p) {
+        load(s.g + p * S::kHeadPanel, map_g, half * 256 + p * 64);
+        load(s.q + p * S::kHeadPanel, map_q, half * 256 + p * 64);
       }
-    for (int tile = 1; tile < tiles; ++tile) load_weights();
+      load(s.rope, map_q, kLatent + half * 32);
+    }
+    for (int i = 1; i < 2 * kBlocks * tiles; ++i) load_weights();
   }
-}
-
-__device__ __forceinline__ float to_quantum(float x, float magic) { return __fsub_rn(__fadd_rn(x, magic), magic); }
-
-__device__ __forceinline__ float4 trade(float4 x) {
-  return make_float4(__shfl_xor_sync(~0u, x.x, 4), __shfl_xor_sync(~0u, x.y, 4), __shfl_xor_sync(~0u, x.z, 4),
-                     __shfl_xor_sync(~0u, x.w, 4));
 }
 
 // The list entries of a thread's two rows of a tile, and those before them.
 struct TileEntries {
-  int own[2] = {-1, -1}, before[2] = {-1, -1};
+  int own[2], before[2];
 
   __device__ __forceinline__ void load(const int32_t* row, int first, int length) {
 #pragma unroll
@@ -99,127 +104,172 @@ struct TileEntries {
   }
 };
 
-// A warp's 16 keys x 144 columns: of keys lane/4 + 8h, v[8h + i] columns 16i + 2q + {0, 1, 8, 9}, v[16 + h] the same of
-// rope.
+// A thread's share of 16 keys x 144 columns of a warp, of keys lane/4 + 8h: 36 columns each, as 18 pairs of bf16 (to be
+// left in the workspace), or 12 words of one key (to be added; those of the other key are on their way already).
 struct Contributions {
-  float4 v[18];
+  int key[2] = {-1, -1};          // that count
+  int part = 0;                   // of the four of a row, see sm90_sum_layout.cuh
+  __nv_bfloat16* rows = nullptr;  // where pairs go
+  uint32_t v[2][24] = {};
 
-  __device__ __forceinline__ void round(const float (&d)[72], float magic) {
-#pragma unroll
-    for (int i = 0; i < 18; ++i) {
-      const int at = i < 16 ? 8 * (i % 8) + 2 * (i / 8) : 64 + 2 * (i - 16);
-      v[i] = make_float4(to_quantum(d[at], magic), to_quantum(d[at + 1], magic), to_quantum(d[at + 4], magic),
-                         to_quantum(d[at + 5], magic));
-    }
+  static __device__ __forceinline__ float column(const float (&d)[64], const float (&rope)[8], int h, int n) {
+    return n < 32 ? d[4 * (n / 2) + 2 * h + n % 2] : rope[4 * (n / 2 - 16) + 2 * h + n % 2];
   }
 
-  // Adds them to dkv. Four lanes hold 64 bytes of a key; they trade with the four lanes of the key beside it, so that
-  // eight lanes write a whole line of 128 bytes of one key, then of the other. All trades come first, so that no
-  // register waits for an addition to have read it.
-  __device__ __forceinline__ void add_to(const Arguments& a, const TileEntries& entries, int column, int rope) {
-    const int lane = threadIdx.x % 32;
-    const bool is_odd = lane & 4;
+  // Of the key lane/4 + 8h.
+  __device__ __forceinline__ void pack_words(const float (&d)[64], const float (&rope)[8], int h,
+                                             const cuda::QuantaOfWords& quanta, cuda::PackedSumsCheck& check) {
+    cuda::PackedSumsCheck::Row row;
 #pragma unroll
-    for (int i = 0; i < 16; i += 2) {
-      const float4 traded = trade(is_odd ? v[i] : v[i + 1]);
-      v[i] = is_odd ? traded : v[i], v[i + 1] = is_odd ? v[i + 1] : traded;
+    for (int j = 0; j < 12; ++j) {
+      const uint32_t raw0 = quanta.raw(column(d, rope, h, 3 * j)),
+                     upper1 = quanta.raw_upper(column(d, rope, h, 3 * j + 1)),
+                     upper2 = quanta.raw_upper(column(d, rope, h, 3 * j + 2));
+      row.add(raw0, cuda::column_weight(3 * j), quanta);
+      row.add_upper(upper1, cuda::column_weight(3 * j + 1), quanta);
+      row.add_upper(upper2, cuda::column_weight(3 * j + 2), quanta);
+      const uint64_t word = quanta.word(raw0, upper1, upper2);
+      v[h][2 * j] = static_cast<uint32_t>(word), v[h][2 * j + 1] = static_cast<uint32_t>(word >> 32);
     }
+    check.add(row, key[h] < 0 ? 0 : cuda::row_weight(key[h]) * cuda::owner_weight(part * 4 + threadIdx.x % 4), quanta);
+  }
+
+  // Adds a warp's words of the keys lane/4 + 8h by way of shared memory: the copy engine takes 384 bytes of a key at
+  // once.
+  template <int kBuffers>
+  __device__ __forceinline__ void add_words(int h, uint64_t* table, char* shared) const {
+    const int lane = threadIdx.x % 32;
+    char* const row = shared + (h % kBuffers * 8 + lane / 4) * kRowPitch;
+    cuda::bulk_store_wait_read<kBuffers - 1>();  // what was there is on its way
+    __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 16; ++i) asm volatile("" : "+f"(v[i].x), "+f"(v[i].y), "+f"(v[i].z), "+f"(v[i].w));
+    for (int j = 0; j < 12; ++j)
+      *reinterpret_cast<uint2*>(row + 32 * j + 8 * (lane % 4)) = make_uint2(v[h][2 * j], v[h][2 * j + 1]);
+    cuda::fence_async_proxy();
+    __syncwarp();
+    uint64_t* const to = table + int64_t{key[h]} * SumLayout::kRowWords + part * SumLayout::kPartWords;
+    if (lane % 4 == 0 && key[h] >= 0) cuda::bulk_add_u64(to, row, kPartBytes);
+    cuda::bulk_commit();
+  }
+
+  // A multiple of the quantum stays one.
+  __device__ __forceinline__ void pack_pairs(const float (&d)[64], const float (&rope)[8], const cuda::Quanta& quanta,
+                                             cuda::PackedSumsCheck& check) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int key = a.lists.counting(entries.own[h], entries.before[h]), other = __shfl_xor_sync(~0u, key, 4);
-      const int even = is_odd ? other : key, odd = is_odd ? key : other, place = (is_odd ? 16 : 0) + 4 * (lane % 4);
-      const auto at = [&](int of, int first) {
-        return reinterpret_cast<float*>(cuda::keep(reinterpret_cast<int64_t>(a.dkv + int64_t{of} * kDim + first)));
-      };
-      float* const to_even = at(even, column + place);
-      float* const to_odd = at(odd, column + place);
-      float* const to_rope = at(key, rope + 4 * (lane % 4));
+      cuda::PackedSumsCheck::Row row;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (even >= 0) cuda::add_f32x4(to_even + 32 * i, v[8 * h + 2 * i]);
-        if (odd >= 0) cuda::add_f32x4(to_odd + 32 * i, v[8 * h + 2 * i + 1]);
+      for (int i = 0; i < 18; ++i) {
+        const uint32_t x = quanta.raw(column(d, rope, h, 2 * i)), y = quanta.raw(column(d, rope, h, 2 * i + 1));
+        row.add(x, 0, quanta), row.add(y, 0, quanta);
+        v[h][i] = pack(quanta.rounded(x), quanta.rounded(y));
       }
-      if (key >= 0) cuda::add_f32x4(to_rope, v[16 + h]);
+      check.add(row, key[h] < 0 ? 0 : 1, quanta);
     }
   }
 
-  // Writes them to the workspace as bf16, of every 128 columns 32j + 8q + i of a lane. A multiple of the quantum stays
-  // one.
-  __device__ __forceinline__ void store_to(const Arguments& a, const TileEntries& entries, int64_t first_entry,
-                                           int column, int rope) const {
+  // Writes the pairs to the workspace, see sm90_backward_sums.cu.
+  __device__ __forceinline__ void store() const {
     const int q = threadIdx.x % 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (a.lists.counting(entries.own[h], entries.before[h]) < 0) continue;
-      __nv_bfloat16* const row = a.contributions + (first_entry + 8 * h) * kDim;
+      if (key[h] < 0) continue;
+      __nv_bfloat16* const row = rows + 8 * h * kDim;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float4 x = v[8 * h + 2 * j], y = v[8 * h + 2 * j + 1];
-        __stcs(reinterpret_cast<uint4*>(row + column + 32 * j + 8 * q),
-               make_uint4(pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w)));
+      for (int half = 0; half < 2; ++half) {
+        const int reader = part * 8 + half * 4 + q;
+        const uint32_t* const x = v[h] + 9 * half;
+        __stcs(reinterpret_cast<uint4*>(row) + reader, make_uint4(x[0], x[1], x[2], x[3]));
+        __stcs(reinterpret_cast<uint4*>(row) + 32 + reader, make_uint4(x[4], x[5], x[6], x[7]));
+        __stcs(reinterpret_cast<uint32_t*>(row) + 256 + reader, x[8]);
       }
-      const float4 r = v[16 + h];
-      __stcs(reinterpret_cast<uint2*>(row + rope + 4 * q), make_uint2(pack(r.x, r.y), pack(r.z, r.w)));
     }
   }
 };
 
-template <int kBlocks, bool kMayBeByKey>
+template <int kBlocks, bool kByKey>
 __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
   using S = Shared<kBlocks>;
-  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
-  const int key_row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-  const char* const q = s.q + group * 3 * S::kHeadPanel;
-  const char* const g = s.g + group * 2 * S::kHeadPanel;
-  const bool by_key = kMayBeByKey && __ldg(a.named) > a.cached_keys;
-  uint32_t done = 0, item_parity = 0;
-  Contributions out;  // of the tile before
-#pragma unroll
-  for (float4& v : out.v) v = make_float4(0, 0, 0, 0);
+  constexpr int kUnits = kByKey ? kUnitsByKey : sparse_mla_sm90::kUnits;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), group_before = (group + kWorkers - 1) % kWorkers;
+  const int lane = threadIdx.x % 32, key_row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+  const cuda::QuantaOfWords quanta(a.magic);
+  cuda::PackedSumsCheck check;
+  uint32_t jobs_before = 0, item_parity = 0;
+  Contributions out;  // of the job before
+  const auto send = [&] {  // what is left of it
+    if constexpr (kByKey) out.store();
+    else out.template add_words<S::kBuffers>(1, a.table, s.words(threadIdx.x / 32));
+  };
   for (int64_t item = blockIdx.x; item < 2 * a.groups; item += gridDim.x) {
     const int64_t list = a.first_list + item / 2;
-    const int half = item % 2, length = a.lists.length(list), tiles = tiles_of(length);
-    if (tiles == 0) continue;
+    const int length = a.lists.length(list), jobs = 2 * tiles_of(length);
+    if (jobs == 0) continue;
     const int32_t* row = a.lists.indices + list * a.lists.stride;
-    const int column = half * 256 + group * 128, rope = kLatent + half * 32 + group * 16;
-    const int64_t first_entry = item / 2 * a.lists.k + key_row;
-    const auto send = [&](const TileEntries& of, int tile) {
-      if (by_key) out.store_to(a, of, first_entry + tile * kTile, column, rope);
-      else out.add_to(a, of, column, rope);
-    };
+    int i = (group + kWorkers - static_cast<int>(jobs_before % kWorkers)) % kWorkers;
+    TileEntries next;
+    next.load(row, i / 2 * kTile + key_row, length);
     cuda::mbarrier_wait(&s.q_full, item_parity);
     item_parity ^= 1;
-    TileEntries entries;  // of the tile before: at first none that counts
-    for (int tile = 0; tile < tiles; ++tile) {
-      TileEntries next;
-      next.load(row, tile * kTile + key_row, length);
-      cuda::mbarrier_wait(&s.full[done % 2], done / 2 & 1);
-      const char* const weights = s.weights[done % 2];
-      if (group == 1 || done > 0) cuda::mbarrier_wait(&s.multiplied[group ^ 1], (done - 1 + group) & 1);
-      float d[72];
+    if (i >= jobs) cuda::mbarrier_arrive(&s.q_free);
+    for (; i < jobs; i += kWorkers) {
+      const uint32_t job = jobs_before + i;
+      const int tile = i / 2, columns = i % 2;
+      const TileEntries entries = next;  // loads beside bulk copies take thousands of cycles: a job ahead of their use
+      next.load(row, (i + kWorkers) / 2 * kTile + key_row, length);
+      uint32_t unit = job / 2 * (2 * kBlocks);
+      const uint64_t q = cuda::operand_across_k(s.q, S::kHeadPanel) + columns * (2 * S::kHeadPanel / 16),
+                     g = cuda::operand_across_k(s.g, S::kHeadPanel) + columns * (2 * S::kHeadPanel / 16),
+                     r = cuda::operand_across_k(s.rope) + columns * 2;
+      cuda::mbarrier_wait(&s.full[unit % kUnits], unit / kUnits & 1);
+      if (job > 0) cuda::mbarrier_wait(&s.multiplied[group_before], (job - 1) / kWorkers & 1);
+      float d[64], rope[8];
       cuda::wgmma_fence();
 #pragma unroll
-      for (int j = 0; j < 4 * kBlocks; ++j) {
-        const uint64_t p = cuda::operand_along_k(weights + j / 4 * kWeightBytes) + 2 * (j % 4);
-        const uint64_t ds = cuda::operand_along_k(weights + j / 4 * kWeightBytes + kPanelBytes) + 2 * (j % 4);
-        cuda::wgmma_bf16_n144<false, true>(d, ds, cuda::operand_across_k(q, S::kHeadPanel) + 128 * j, j > 0);
-        cuda::wgmma_bf16_n128_of_144<false, true>(d, p, cuda::operand_across_k(g, S::kHeadPanel) + 128 * j);
+      for (int u = 0; u < 2 * kBlocks; ++u, ++unit) {  // P and dS of a block of heads, then of the next
+        const int first = u / 2 * 4;                   // sixteen heads
+        if (u > 0) cuda::mbarrier_wait(&s.full[unit % kUnits], unit / kUnits & 1);
+        const uint64_t weights = cuda::operand_along_k(s.weights(unit % kUnits));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint64_t x = weights + 2 * j;
+          if (u % 2 == 0) {
+            cuda::wgmma_bf16_n128<false, true>(d, x, g + 128 * (first + j), u + j > 0);
+          } else {
+            cuda::wgmma_bf16_n128<false, true>(d, x, q + 128 * (first + j));
+            cuda::wgmma_bf16_n16<false, true>(rope, x, r + 128 * (first + j), first + j > 0);
+          }
+        }
+        cuda::wgmma_commit();
+        if (u > 0) {
+          cuda::wgmma_wait<1>();
+          cuda::mbarrier_arrive(&s.free[(unit - 1) % kUnits]);
+        }
       }
-      cuda::wgmma_commit();
-      arrive_once_a_warp(&s.multiplied[group]);
-      send(entries, tile - 1);
+      cuda::mbarrier_arrive(&s.multiplied[group]);
+      send();  // at first no key counts
       cuda::wgmma_wait<0>();
       cuda::wgmma_settle(d);
-      arrive_once_a_warp(&s.free[done % 2]);
-      ++done;
-      if (tile + 1 == tiles) arrive_once_a_warp(&s.q_free);
-      out.round(d, a.magic);
-      entries = next;
+      cuda::wgmma_settle(rope);
+      cuda::mbarrier_arrive(&s.free[(unit - 1) % kUnits]);
+      if (i + kWorkers >= jobs) cuda::mbarrier_arrive(&s.q_free);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) out.key[h] = a.lists.counting(entries.own[h], entries.before[h]);
+      out.part = item % 2 * 2 + columns;
+      if constexpr (kByKey) {
+        out.rows = a.contributions + (item / 2 * a.lists.k + key_row + tile * kTile) * kDim;
+        out.pack_pairs(d, rope, quanta, check);
+      } else {
+        out.pack_words(d, rope, 1, quanta, check);
+        out.pack_words(d, rope, 0, quanta, check);
+        out.template add_words<S::kBuffers>(0, a.table, s.words(threadIdx.x / 32));
+      }
     }
-    send(entries, tiles - 1);
+    jobs_before += jobs;
   }
+  send();
+  cuda::bulk_store_wait();
+  check.leave(a.head);
 }
 
 template <int kBlocks, bool kMayBeByKey>
@@ -231,22 +281,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     cuda::tma_prefetch_map(&map_q);
     cuda::tma_prefetch_map(&map_g);
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kUnitsByKey; ++i) {
       cuda::mbarrier_init(&s.full[i], 1);
-      cuda::mbarrier_init(&s.free[i], 8);
-      cuda::mbarrier_init(&s.multiplied[i], 4);
+      cuda::mbarrier_init(&s.free[i], 256);
     }
+    for (uint64_t& barrier : s.multiplied) cuda::mbarrier_init(&barrier, 128);
     cuda::mbarrier_init(&s.q_full, 1);
-    cuda::mbarrier_init(&s.q_free, 8);
+    cuda::mbarrier_init(&s.q_free, 128 * kWorkers);
     cuda::mbarrier_init_fence();
+    // By way of shared memory: no load is under way when warps change their registers, and all see the same.
+    s.by_key = kMayBeByKey && __ldg(a.named) > a.cached_keys;
   }
   __syncthreads();
-  if (__shfl_sync(~0u, threadIdx.x / 128, 0) == 2) {
-    cuda::fewer_registers<56>();
-    if (threadIdx.x == 256) load_tiles<kBlocks>(&map_q, &map_g, a, s);
+  if (__shfl_sync(~0u, threadIdx.x / 128, 0) == kWorkers) {
+    cuda::fewer_registers<32>();
+    if (threadIdx.x != 128 * kWorkers) return;
+    if (kMayBeByKey && s.by_key) load_tiles<kBlocks, kUnitsByKey>(&map_q, &map_g, a, s);
+    else load_tiles<kBlocks, kUnits>(&map_q, &map_g, a, s);
   } else {
-    cuda::more_registers<224>();
-    sum_heads<kBlocks, kMayBeByKey>(a, s);
+    cuda::more_registers<160>();
+    if (kMayBeByKey && s.by_key) sum_heads<kBlocks, true>(a, s);
+    else sum_heads<kBlocks, false>(a, s);
   }
 }
 
@@ -254,6 +309,7 @@ template <int kBlocks, bool kMayBeByKey>
 void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments& a, int multiprocessors,
             cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<kBlocks>);
+  static_assert(kBytes <= 227 * 1024);
   cuda::check(
       cudaFuncSetAttribute(backward_keys<kBlocks, kMayBeByKey>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
       "reserve shared memory for sparse_mla backward");
@@ -274,8 +330,9 @@ void launch_keys(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, con
               (chunk.rows + group - 1) / group,
               group,
               chunk.weights,
-              p.dkv_sum,
-              p.quantum * 0x1.8p23f,
+              cuda::packed_sums_head(p.dkv_sum),
+              cuda::packed_sums_rows(p.dkv_sum),
+              cuda::magic_of(p.quantum),
               static_cast<__nv_bfloat16*>(chunk.contributions),
               chunk.mentions.named,
               p.cached_keys};

@@ -107,9 +107,9 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g,
         const int p = panel_at(i);
         cuda::mbarrier_wait(&s.free[p], parity ^ 1);
         gather.copy_panel(to, p);
-        if (i == 0 && thread == 0) s.mask = mask;
+        if (p == 4 && thread == 0) s.mask = mask;  // free for both warpgroups, which read the tile before's
         cuda::mbarrier_arrive_after_copies(&s.full[p]);
-        if (i == 0 && thread == 0) cuda::mbarrier_arrive(&s.full[p]);
+        if (p == 4 && thread == 0) cuda::mbarrier_arrive(&s.full[p]);
       }
     }
   }
@@ -149,6 +149,9 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
       cuda::mbarrier_wait(&s.q_full, item_parity);
       item_parity ^= 1;
     }
+    // Of the query that this lane's eight heads belong to, if it is the lane that stores.
+    float* const p_sel = a.p_sel + (t + ((group * 32 + lane % 4 * 8) >> a.shift)) * a.k;
+    const bool stores = (lane % 4 & ((1 << (a.shift - 3)) - 1)) == 0;
     for (int tile = 0; tile < tiles; ++tile, parity ^= 1) {
       // Of this thread's keys in the list of the query that rows 8b and on belong to, two in a word.
       uint32_t places[2][2];
@@ -181,7 +184,7 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
       cuda::wgmma_commit();
       cuda::wgmma_wait<0>();
       cuda::wgmma_settle(d);
-      if (tile + 1 == tiles) arrive_once_a_warp(&s.q_free);
+      if (tile + 1 == tiles) cuda::mbarrier_arrive(&s.q_free);
 
       const uint32_t bits = (warp < 2 ? s.mask.x : s.mask.y) >> (warp % 2 * 16 + lane / 4);
 #pragma unroll
@@ -206,21 +209,16 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
         }
         cuda::store_matrices(piece_to + h * 1024, p[0], p[1], p[2], p[3]);
         cuda::store_matrices(piece_to + kPanelBytes + h * 1024, ds[0], ds[1], ds[2], ds[3]);
-        if constexpr (kPacked) {  // eights of heads that belong to one query
-          const int eights = 1 << (a.shift - 3);
-#pragma unroll
-          for (int b = 0; b < 4; ++b) {
-            sums[b] += __shfl_xor_sync(~0u, sums[b], 1);
-            sums[b] += __shfl_xor_sync(~0u, sums[b], 2);
-          }
-#pragma unroll
-          for (int b = 0; b < 4; ++b) {
-            float sum = sums[b];
-#pragma unroll
-            for (int i = b + 1; i < 4; ++i) sum += i < b + eights ? sums[i] : 0.f;
-            if (lane % 4 == b && b % eights == 0 && place(b) != kNowhere)
-              a.p_sel[(t + ((group * 32 + 8 * b) >> a.shift)) * a.k + place(b)] = sum * a.share;
-          }
+        if constexpr (kPacked) {
+          // Lane q of a quad is left with the sum over its eight heads 8q and on, then over those of their query.
+          const bool upper = lane & 2, odd = lane & 1;
+          const float x = (upper ? sums[2] : sums[0]) + __shfl_xor_sync(~0u, upper ? sums[0] : sums[2], 2);
+          const float y = (upper ? sums[3] : sums[1]) + __shfl_xor_sync(~0u, upper ? sums[1] : sums[3], 2);
+          float sum = (odd ? y : x) + __shfl_xor_sync(~0u, odd ? x : y, 1);
+          if (a.shift > 3) sum += __shfl_xor_sync(~0u, sum, 1);
+          if (a.shift > 4) sum += __shfl_xor_sync(~0u, sum, 2);
+          const uint32_t at = (upper ? places[h][1] : places[h][0]) >> (odd ? 16 : 0) & kNowhere;
+          if (stores && at != kNowhere) p_sel[at] = sum * a.share;
         } else {
           float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
           sum += __shfl_xor_sync(~0u, sum, 1);
@@ -243,6 +241,10 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) cuda::wgmma_bf16_n64<true>(dq[i], x[j], y + 128 * j);
         cuda::wgmma_commit();
+        if (i == 0) continue;
+        // Here and not behind the last product: a warp is held up where it issues products faster than they run.
+        cuda::wgmma_wait<1>();
+        cuda::mbarrier_arrive(&s.free[first_panel + i - 1]);
       }
       const uint64_t y = cuda::operand_across_k(s.kv + 4 * kPanelBytes) + 4 * group;
 #pragma unroll
@@ -251,18 +253,12 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
       if (!kPacked && group == 1 && thread < kTile)
         atomicAdd(a.p_sel + t * a.lists.k + tile * kTile + thread,  // two blocks at most: order is no matter
                   (s.column_sums[0][thread] + s.column_sums[1][thread]) * a.share);
-      cuda::wgmma_wait<4>();
-      arrive_once_a_warp(&s.free[first_panel]);
-      cuda::wgmma_wait<3>();
-      arrive_once_a_warp(&s.free[first_panel + 1]);
-      cuda::wgmma_wait<2>();
-      arrive_once_a_warp(&s.free[first_panel + 2]);
       cuda::wgmma_wait<1>();
       if (group == 0 && thread == 0)
         cuda::bulk_store_wait_read();  // nobody writes to the tiles before this panel is full again
-      arrive_once_a_warp(&s.free[first_panel + 3]);
+      cuda::mbarrier_arrive(&s.free[first_panel + 3]);
       cuda::wgmma_wait<0>();
-      arrive_once_a_warp(&s.free[4]);
+      cuda::mbarrier_arrive(&s.free[4]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) cuda::wgmma_settle(dq[i]);
       cuda::wgmma_settle(dq_last);
@@ -289,11 +285,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     cuda::tma_prefetch_map(&map_q);
     cuda::tma_prefetch_map(&map_g);
     for (int p = 0; p < kPanels; ++p) {
-      cuda::mbarrier_init(&s.full[p], p == 0 ? 129 : 128);
-      cuda::mbarrier_init(&s.free[p], p == 4 ? 8 : 4);
+      cuda::mbarrier_init(&s.full[p], p == 4 ? 129 : 128);
+      cuda::mbarrier_init(&s.free[p], p == 4 ? 256 : 128);
     }
     cuda::mbarrier_init(&s.q_full, 1);
-    cuda::mbarrier_init(&s.q_free, 8);
+    cuda::mbarrier_init(&s.q_free, 256);
     cuda::mbarrier_init_fence();
   }
   __syncthreads();

@@ -4,16 +4,16 @@
 //   dkv_sum[s] += sum over the lists g of a chunk that name s of rows[g][place of s in g]
 //
 // Contributions added to a table in memory at once read and write every line of it several times a chunk; a row is
-// written once and read once. Where the lists of the last 1024 queries name few keys, their sums stay in the caches and
-// nothing is left to do here.
+// written once and read once. A chunk's sums of a key leave as words of three (packed_sums.cuh). Where the lists of the
+// last 1024 queries name few keys, their sums stay in the caches and nothing is left to do here.
 // Which lists name a key: for every 32 keys (a word) and every list, the keys it names as bits and the place of the
 // first. Lists whose entries do not all count before the last that does (the contract allows any) are searched instead.
 #include <algorithm>
 
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/packed_sums.cuh"
 #include "kernels/sparse_mla/sm90_backward.h"
-#include "kernels/sparse_mla/sm90_backward_instructions.cuh"
-#include "kernels/sparse_mla/sm90_tile.cuh"
+#include "kernels/sparse_mla/sm90_sum_layout.cuh"
 
 namespace dsa::sparse_mla_sm90 {
 namespace {
@@ -27,7 +27,9 @@ struct Arguments {
   int groups, stride;  // lists of the chunk; of a word in bits and places
   Mentions mentions;
   const __nv_bfloat16* rows;  // [groups][lists.k][576]
-  float* dkv;
+  cuda::PackedSumsHead* head;
+  uint64_t* table;
+  float magic;
   int cached_keys;
 };
 
@@ -79,51 +81,61 @@ __global__ void __launch_bounds__(kThreads) find_mentions(const Arguments a) {
   }
 }
 
-// A lane's columns of a key: 8 at 8 * lane and 8 * lane + 256 of a row, 2 at 512 + 2 * lane.
-struct Sums {
-  float4 latent[2][2] = {};
-  float2 rope = {};
+// Half of an owner's columns of a key (sm90_sum_layout.cuh): lane 8 part + 4 half + q has the 18 from 18 half on. A row
+// brings the first 8 at 8 * lane, 8 more at 256 + 8 * lane, 2 at 512 + 2 * lane.
+struct Row {
+  uint4 pairs[2];
+  uint32_t last;
 
-  // Of a row, 32j + 8q + 4b + e of every 128 columns belongs to 32j + 16b + 4q + e of dkv_sum.
-  __device__ __forceinline__ void add_to(float* key, int lane) const {
-#pragma unroll
-    for (int part = 0; part < 2; ++part)
-#pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        const int c = 32 * part + lane;
-        cuda::add_f32x4(key + c / 16 * 128 + c / 4 % 4 * 32 + 16 * b + c % 4 * 4, latent[part][b]);
-      }
-    cuda::add_f32x2(key + kLatent + 2 * lane, rope);
+  __device__ __forceinline__ void load(const __nv_bfloat16* row, int lane) {
+    pairs[0] = __ldcs(reinterpret_cast<const uint4*>(row) + lane);
+    pairs[1] = __ldcs(reinterpret_cast<const uint4*>(row) + 32 + lane);
+    last = __ldcs(reinterpret_cast<const uint32_t*>(row) + 256 + lane);
   }
 };
 
-struct Row {
-  uint4 latent[2];
-  uint32_t rope;
+struct Sums {
+  float v[18] = {};
+  float greatest = 0;  // of the sums after every few rows
 
-  __device__ __forceinline__ void load(const __nv_bfloat16* row, int lane) {
-    latent[0] = __ldcs(reinterpret_cast<const uint4*>(row) + lane);
-    latent[1] = __ldcs(reinterpret_cast<const uint4*>(row) + 32 + lane);
-    rope = __ldcs(reinterpret_cast<const uint32_t*>(row + kLatent) + lane);
-  }
-  static __device__ __forceinline__ void add(float& x, float& y, uint32_t pair) {
-    x += __uint_as_float(pair << 16);
-    y += __uint_as_float(pair & 0xFFFF0000u);
-  }
-  __device__ __forceinline__ void add_to(Sums& s) const {
+  __device__ __forceinline__ void add(const Row& r) {
+    const uint32_t pairs[9] = {r.pairs[0].x, r.pairs[0].y, r.pairs[0].z, r.pairs[0].w, r.pairs[1].x,
+                               r.pairs[1].y, r.pairs[1].z, r.pairs[1].w, r.last};
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      add(s.latent[part][0].x, s.latent[part][0].y, latent[part].x);
-      add(s.latent[part][0].z, s.latent[part][0].w, latent[part].y);
-      add(s.latent[part][1].x, s.latent[part][1].y, latent[part].z);
-      add(s.latent[part][1].z, s.latent[part][1].w, latent[part].w);
+    for (int i = 0; i < 9; ++i) {
+      v[2 * i] += __uint_as_float(pairs[i] << 16);
+      v[2 * i + 1] += __uint_as_float(pairs[i] & 0xFFFF0000u);
     }
-    add(s.rope.x, s.rope.y, rope);
+  }
+  __device__ __forceinline__ void note() {
+#pragma unroll
+    for (float x : v) greatest = fmaxf(greatest, fabsf(x));
+  }
+
+  // fp32 has 2^24 quanta: no sum is inexact if none passes 2^22 whenever it is noted, every four rows or oftener.
+  __device__ __forceinline__ void add_to(uint64_t* table, int key, int lane, const cuda::Quanta& quanta,
+                                         cuda::PackedSumsCheck& check) const {
+    const int part = lane / 8, half = lane % 8 / 4, q = lane % 4;
+    uint64_t* const to = table + int64_t{key} * SumLayout::kRowWords + part * SumLayout::kPartWords + half * 24 + q;
+    cuda::PackedSumsCheck::Row row;
+#pragma unroll
+    for (int j = 0; j < 6; ++j) {
+      uint32_t raw[3];
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        const int n = 3 * j + i;
+        raw[i] = quanta.raw(v[n]);
+        row.add(raw[i], half ? cuda::column_weight(18 + n) : cuda::column_weight(n), quanta);
+      }
+      cuda::add_word(to + 4 * j, quanta.word(raw[0], raw[1], raw[2]));
+    }
+    check.add(row, cuda::row_weight(key) * cuda::owner_weight(part * 4 + q), quanta);
+    if (greatest >= quanta.magic / 3) check.add_out_of_range();
   }
 };
 
 // One CTA a word of 32 keys, one warp four of them. A key's rows are added in the order of the lists.
-__global__ void __launch_bounds__(kThreads) sum_mentions(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, 4) sum_mentions(const Arguments a) {
   extern __shared__ __align__(16) char memory[];
   if (__ldg(a.mentions.named) <= a.cached_keys) return;
   auto* const bits = reinterpret_cast<uint32_t*>(memory);                            // [groups]
@@ -139,6 +151,8 @@ __global__ void __launch_bounds__(kThreads) sum_mentions(const Arguments a) {
     if (bits[g]) a.mentions.bits[word * a.stride + g] = 0;
   }
   if (!__syncthreads_or(any)) return;
+  const cuda::Quanta quanta(a.magic);
+  cuda::PackedSumsCheck check;
   const auto row = [&](int list, int place) { return a.rows + (int64_t{list} * a.lists.k + place) * kDim; };
   for (int bit = threadIdx.x / 32; bit < 32; bit += kWarps) {
     const int key = static_cast<int>(word) * 32 + bit;
@@ -166,7 +180,8 @@ __global__ void __launch_bounds__(kThreads) sum_mentions(const Arguments a) {
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) r[j].load(row(found[i + j] >> 16, found[i + j] & 0xFFFF), lane);
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) r[j].add_to(sums);
+        for (int j = 0; j < kAtOnce; ++j) sums.add(r[j]);
+        sums.note();
       }
     }
     for (; i < count; ++i) {
@@ -174,7 +189,8 @@ __global__ void __launch_bounds__(kThreads) sum_mentions(const Arguments a) {
       Row r;
       if (place != kNowhere) {
         r.load(row(list, place), lane);
-        r.add_to(sums);
+        sums.add(r);
+        sums.note();
         continue;
       }
       const int64_t of = a.first_list + list;
@@ -186,20 +202,23 @@ __global__ void __launch_bounds__(kThreads) sum_mentions(const Arguments a) {
             e < length && __ldg(entries + e) == key && a.lists.counting(key, e > 0 ? __ldg(entries + e - 1) : -1) >= 0;
         for (uint32_t hits = __ballot_sync(~0u, here); hits; hits &= hits - 1) {
           r.load(row(list, first + __ffs(static_cast<int>(hits)) - 1), lane);
-          r.add_to(sums);
+          sums.add(r);
+          sums.note();
         }
       }
     }
-    sums.add_to(a.dkv + int64_t{key} * kDim, lane);
+    sums.add_to(a.table, key, lane, quanta, check);
     __syncwarp();  // found is free
   }
+  check.leave(a.head);
 }
 
 Arguments arguments(const SparseMlaBackwardParams& p, const Chunk& chunk) {
   const int group = chunk.lists.group;
   Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)}, chunk.first_row,
               static_cast<int>((chunk.rows + group - 1) / group), chunk.mentions.stride, chunk.mentions,
-              static_cast<const __nv_bfloat16*>(chunk.contributions), p.dkv_sum, p.cached_keys};
+              static_cast<const __nv_bfloat16*>(chunk.contributions), cuda::packed_sums_head(p.dkv_sum),
+              cuda::packed_sums_rows(p.dkv_sum), cuda::magic_of(p.quantum), p.cached_keys};
   if (group > 1) {
     a.lists = {chunk.lists.keys, int64_t{group} * p.k, chunk.lists.lengths, group * p.k, static_cast<int>(p.keys)};
     a.first_list = 0;

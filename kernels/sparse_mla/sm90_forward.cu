@@ -142,7 +142,7 @@ __device__ void score_tiles(const CUtensorMap* map_q, const Arguments& a, Shared
     cuda::wgmma_commit();
     if (go) {
       cuda::wgmma_wait<1>();
-      arrive_once_a_warp(&s.go[go_buffer]);
+      cuda::mbarrier_arrive(&s.go[go_buffer]);
     }
     const uint4 valid = s.valid[tile_ring.at];
     complete = (valid.x & valid.y & valid.z & valid.w) == 0x0F0F0F0Fu;
@@ -223,9 +223,8 @@ __device__ void score_tiles(const CUtensorMap* map_q, const Arguments& a, Shared
 #pragma unroll
     for (int i = 0; i < 4 * kRegisterPanels; ++i)
       cuda::load_matrices(q[i], (from + i / 4 * kPanelBytes) ^ (i % 4 << 5));
-    __syncwarp();
-    if (lane < 2) cuda::mbarrier_arrive(&s.free[tile_ring.at]);
-    if (lane == 0) cuda::mbarrier_arrive(&s.go[tile_ring.at]);
+    for (int i = 0; i < 2; ++i) cuda::mbarrier_arrive(&s.free[tile_ring.at]);  // for both warpgroups
+    cuda::mbarrier_arrive(&s.go[tile_ring.at]);
     tile_ring.advance();
     maximum[0] = maximum[1] = kNoMaximum;
     sum[0] = sum[1] = 0;
@@ -250,7 +249,7 @@ __device__ void score_tiles(const CUtensorMap* map_q, const Arguments& a, Shared
       sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
       if (lane % 4 == 0) s.inverse[tile_ring.at][head_row + 8 * h] = sum[h] == 0 ? 0 : 1 / sum[h];
     }
-    arrive_once_a_warp(&s.go[tile_ring.at]);
+    cuda::mbarrier_arrive(&s.go[tile_ring.at]);
     tile_ring.advance();
     late_ring.advance();
     const int head = item % a.halves * kHeadBlock + head_row;
@@ -410,11 +409,11 @@ __device__ void add_values(const Arguments& a, Shared& s) {
       }
       if (tile + 1 == tiles) inverse[0] = s.inverse[at][head_row], inverse[1] = s.inverse[at][head_row + 8];
       cuda::wgmma_wait<1>();
-      arrive_once_a_warp(&s.free_late[late_ring.at]);
+      cuda::mbarrier_arrive(&s.free_late[late_ring.at]);
       cuda::wgmma_wait<0>();
       cuda::wgmma_settle(o[0]);
       cuda::wgmma_settle(o[1]);
-      arrive_once_a_warp(&s.free[at]);
+      cuda::mbarrier_arrive(&s.free[at]);
       tile_ring.advance();
       late_ring.advance();
     }
@@ -445,12 +444,12 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ C
     cuda::tma_prefetch_map(&map_q);
     for (int b = 0; b < kBuffers; ++b) {
       cuda::mbarrier_init(&s.full[b], 132);
-      cuda::mbarrier_init(&s.free[b], 8);
-      cuda::mbarrier_init(&s.go[b], 4);
+      cuda::mbarrier_init(&s.free[b], 256);
+      cuda::mbarrier_init(&s.go[b], 128);
     }
     for (int b = 0; b < 2; ++b) {
       cuda::mbarrier_init(&s.full_late[b], 128);
-      cuda::mbarrier_init(&s.free_late[b], 8);
+      cuda::mbarrier_init(&s.free_late[b], 256);
     }
     cuda::mbarrier_init(&s.q_full, 1);
     cuda::mbarrier_init_fence();

@@ -88,11 +88,6 @@ struct Gather {
 
 __device__ __forceinline__ int tiles_of(int length) { return (length + kTile - 1) / kTile; }
 
-__device__ __forceinline__ void arrive_once_a_warp(uint64_t* barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) cuda::mbarrier_arrive(barrier);
-}
-
 using cuda::pack;
 
 __device__ __forceinline__ float exp2_fast(float x) {

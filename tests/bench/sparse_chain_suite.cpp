@@ -59,12 +59,12 @@ class Clock {
 struct Layer {
   DeviceArray<uint16_t> q, kv, o, d_o, dq, dkv, index_q, index_k, index_dq, index_dk;
   DeviceArray<uint8_t> code_q, code_k;
-  DeviceArray<float> w, key_scale, lse, delta, p_sel, scores, dkv_sum, kl, dw, amax;
-  DeviceArray<uint64_t> index_dk_sum;
+  DeviceArray<float> w, key_scale, lse, delta, p_sel, scores, kl, dw;
+  DeviceArray<uint64_t> dkv_sum, index_dk_sum;
   DeviceArray<QuantumReport> report;
   DeviceArray<int32_t> indices, lengths, selected, selected_lengths, end;
   DeviceArray<uint8_t> select_workspace, backward_workspace, loss_workspace;
-  float quantum = 0, index_quantum = 1;
+  float quantum = 1, index_quantum = 1;
 
   static std::vector<int32_t> ends() {
     std::vector<int32_t> out(kTokens);
@@ -76,8 +76,9 @@ struct Layer {
       : q(kBlock * kHeads * 576), kv(kTokens * 576), o(kBlock * kHeads * 512), d_o(o.size()), dq(q.size()), dkv(kv.size()),
         index_q(kBlock * kIndexerHeads * 128), index_k(kTokens * 128), index_dq(index_q.size()), index_dk(index_k.size()),
         code_q(index_q.size()), code_k(index_k.size()), w(kBlock * kIndexerHeads), key_scale(std::vector<float>(kTokens, 0x1p-6f)),
-        lse(kBlock * kHeads), delta(lse.size()), p_sel(kBlock * kTopK), scores(p_sel.size()), dkv_sum(kv.size()),
-        kl(kBlock), dw(w.size()), amax(1), index_dk_sum(indexer_kl_sparse_sum_bytes(kTokens) / 8), report(1), indices(kTokens * kTopK), lengths(kTokens), selected(kBlock * kTopK), selected_lengths(kBlock), end(ends()),
+        lse(kBlock * kHeads), delta(lse.size()), p_sel(kBlock * kTopK), scores(p_sel.size()), kl(kBlock), dw(w.size()),
+        dkv_sum(sparse_mla_sum_bytes(kTokens) / 8), index_dk_sum(indexer_kl_sparse_sum_bytes(kTokens) / 8), report(1),
+        indices(kTokens * kTopK), lengths(kTokens), selected(kBlock * kTopK), selected_lengths(kBlock), end(ends()),
         select_workspace(static_cast<int64_t>(indexer_topk_workspace_sm90(kBlock, kTokens).enough)),
         backward_workspace(static_cast<int64_t>(sparse_mla_workspace_bytes(backward(0), kWorkspaceRows))),
         loss_workspace(static_cast<int64_t>(indexer_kl_sparse_workspace_bytes())) {
@@ -137,6 +138,17 @@ struct Layer {
     return p;
   }
 
+  void finish_attention() {
+    launch_sparse_mla_finish_sm90(dkv_sum.data(), kTokens, quantum, dkv.data(), true, report.data(), nullptr);
+  }
+  void find_quantum(QuantumGuess& guess) {
+    guess.run([&](float of) {
+      quantum = of;
+      run();
+      finish_attention();
+      return report.host()[0];
+    });
+  }
   void finish_loss() {
     launch_indexer_kl_sparse_finish_sm90(index_dk_sum.data(), kTokens, index_quantum, index_dk.data(), true, report.data(), nullptr);
   }
@@ -172,7 +184,7 @@ struct Layer {
       launch_indexer_kl_sparse_sm90(loss(t));
       clock.mark(LOSS);
     }
-    launch_sparse_mla_finish_sm90(dkv_sum.data(), kTokens, dkv.data(), true, amax.data(), nullptr);
+    finish_attention();
     finish_loss();
     clock.mark(ENDS);
     return clock.read();
@@ -189,16 +201,14 @@ void run_sparse_chain_suite(const Options& options, Report& report) {
     double peer, goal;  // milliseconds; 0: none
   };
   Layer layer;
-  QuantumGuess guess;
+  QuantumGuess guess, index_guess;
   for (const Case& c : {Case{Lists::RANDOM, "random", 1600, 950}, Case{Lists::LOCAL, "local", 1310, 0},
                         Case{Lists::SHARED, "shared", 960, 620}}) {
     const std::string name = std::string("sparse chain of a layer, 131072 tokens, ") + c.name;
     if (name.find(options.only) == std::string::npos) continue;
     layer.draw_lists(c.lists);
-    layer.quantum = 0;
-    layer.run();
-    layer.quantum = sparse_mla_quantum(layer.amax.host()[0]);
-    layer.find_index_quantum(guess);
+    layer.find_quantum(guess);
+    layer.find_index_quantum(index_guess);
     std::vector<std::vector<double>> runs;
     for (int i = 0; i < (options.quick ? 1 : 3); ++i) runs.push_back(layer.run());
     const auto sum = [](const std::vector<double>& parts) {

@@ -7,6 +7,7 @@
 #include <functional>
 #include <random>
 
+#include "kernels/quantum.h"
 #include "kernels/sparse_mla/params.h"
 #include "tests/kernels/cuda/sparse_mla_reference.h"
 #include "tests/support/cuda_device.h"
@@ -146,8 +147,9 @@ TEST_F(SparseMla, ForwardLargeScoresAndRepeats) {
 
 struct Gradients {
   std::vector<uint16_t> dq;
-  std::vector<float> p_sel, dkv_sum;
-  float amax;
+  std::vector<float> p_sel;
+  std::vector<uint64_t> dkv_sum;
+  QuantumReport report;
 };
 
 // Device buffers of one backward pass. Outputs are poisoned before each run.
@@ -155,11 +157,14 @@ struct Backward {
   Problem& x;
   SparseMlaBackwardParams p;
   DeviceArray<uint16_t> o, dq;
-  DeviceArray<float> lse, delta, p_sel, dkv_sum, amax;
+  DeviceArray<float> lse, delta, p_sel;
+  DeviceArray<uint64_t> dkv_sum;
+  DeviceArray<QuantumReport> report;
   DeviceArray<char> workspace;
 
-  Backward(Problem& problem, int64_t workspace_rows, int cached_keys = 16384)
-      : x(problem), o(rows() * 512), dq(rows() * 576), lse(rows()), delta(rows()), p_sel(x.queries * x.k), dkv_sum(x.keys * 576), amax(1),
+  Backward(Problem& problem, int64_t workspace_rows, int cached_keys = 49152)
+      : x(problem), o(rows() * 512), dq(rows() * 576), lse(rows()), delta(rows()), p_sel(x.queries * x.k),
+        dkv_sum(sparse_mla_sum_bytes(x.keys) / 8), report(1),
         workspace((x.fill(p), p.cached_keys = cached_keys, static_cast<int64_t>(sparse_mla_workspace_bytes(p, workspace_rows)))) {
     SparseMlaForwardParams f;
     static_cast<SparseMlaParams&>(f) = p;
@@ -173,25 +178,29 @@ struct Backward {
   }
   int64_t rows() const { return x.queries * x.heads; }
 
-  void run(float quantum, const DeviceArray<uint16_t>& dkv) {
-    dq.fill_bytes(0xFF), p_sel.fill_bytes(0xFF), workspace.fill_bytes(0xFF), dkv.fill_bytes(0xFF), amax.fill_bytes(0xFF);
+  QuantumReport run(float quantum, const DeviceArray<uint16_t>& dkv) {
+    dq.fill_bytes(0xFF), p_sel.fill_bytes(0xFF), workspace.fill_bytes(0xFF), dkv.fill_bytes(0xFF), report.fill_bytes(0xFF);
     dkv_sum.fill_bytes(0);
     p.quantum = quantum;
     launch_sparse_mla_backward_sm90(p);
-    launch_sparse_mla_finish_sm90(dkv_sum.data(), x.keys, dkv.data(), true, amax.data(), nullptr);
-    cuda::check(cudaDeviceSynchronize(), "run sparse_mla backward");
+    return finish(dkv);
   }
-  Gradients host() const { return {dq.host(), p_sel.host(), dkv_sum.host(), amax.host()[0]}; }
+  QuantumReport finish(const DeviceArray<uint16_t>& dkv) {
+    launch_sparse_mla_finish_sm90(dkv_sum.data(), x.keys, p.quantum, dkv.data(), true, report.data(), nullptr);
+    cuda::check(cudaDeviceSynchronize(), "run sparse_mla backward");
+    return report.host()[0];
+  }
+  // Leaves the gradients and the quantum behind.
+  bool run(const DeviceArray<uint16_t>& dkv) {
+    return QuantumGuess().run([&](float quantum) { return run(quantum, dkv); });
+  }
+  Gradients host() const { return {dq.host(), p_sel.host(), dkv_sum.host(), report.host()[0]}; }
 };
 
-void check_backward(Problem& x, const char* what, int64_t workspace_rows = 64, int cached_keys = 16384) {
+void check_backward(Problem& x, const char* what, int64_t workspace_rows = 64, int cached_keys = 49152) {
   Backward b(x, workspace_rows, cached_keys);
   const DeviceArray<uint16_t> dkv(x.keys * 576);
-  b.run(0, dkv);
-  const float quantum = sparse_mla_quantum(b.amax.host()[0]);
-  EXPECT_FALSE(sparse_mla_quantum_holds(b.amax.host()[0], 0)) << what;
-  b.run(quantum, dkv);
-  EXPECT_TRUE(sparse_mla_quantum_holds(b.amax.host()[0], quantum)) << what;
+  ASSERT_TRUE(b.run(dkv)) << what;
   const int64_t rows = b.rows();
   const DeviceArray<double> want_o(rows * 512), want_lse(rows), want_dq(rows * 576), want_dkv(x.keys * 576), want_p(x.queries * x.k);
   want_dkv.fill_bytes(0), want_p.fill_bytes(0);
@@ -256,9 +265,8 @@ void check_repeats(int cached_keys, int repeats) {
   Problem x(300, 2000, 128, 512, 19);
   const DeviceArray<uint16_t> dkv(x.keys * 576);
   Backward first(x, 128, cached_keys), other(x, 34, cached_keys);  // other rows at a time are another order of additions
-  first.run(0, dkv);
-  const float quantum = sparse_mla_quantum(first.amax.host()[0]);
-  first.run(quantum, dkv);
+  ASSERT_TRUE(first.run(dkv));
+  const float quantum = first.p.quantum;
   const Gradients want = first.host();
   for (int i = 0; i < repeats; ++i) {
     Backward& b = i % 2 ? first : other;
@@ -271,22 +279,79 @@ void check_repeats(int cached_keys, int repeats) {
     ASSERT_EQ(got.dq, want.dq) << "run " << i;
     ASSERT_EQ(got.p_sel, want.p_sel) << "run " << i;
     ASSERT_EQ(got.dkv_sum, want.dkv_sum) << "run " << i;
-    ASSERT_EQ(got.amax, want.amax) << "run " << i;
+    ASSERT_EQ(got.report.most, want.report.most) << "run " << i;
+    ASSERT_EQ(got.report.difference, 0u) << "run " << i;
   }
-  first.run(quantum / 64, dkv);  // a quantum too small for these sums is noticed, and the redo gives the same as before
-  EXPECT_FALSE(sparse_mla_quantum_holds(first.amax.host()[0], quantum / 64));
-  EXPECT_EQ(sparse_mla_quantum(first.amax.host()[0]), quantum);
 }
 
-TEST_F(SparseMla, BackwardRepeatsBitForBit) { check_repeats(16384, 1000); }
+TEST_F(SparseMla, BackwardRepeatsBitForBit) { check_repeats(49152, 1000); }
 TEST_F(SparseMla, BackwardByKeyRepeatsBitForBit) { check_repeats(/*cached_keys=*/0, 1000); }
+
+// Sums that do not fit are noticed, each way of summing.
+void check_noticed(int cached_keys) {
+  Problem x(40, 300, 128, 128, 31);
+  const DeviceArray<uint16_t> dkv(x.keys * 576);
+  Backward b(x, 16, cached_keys);
+  ASSERT_TRUE(b.run(dkv));
+  const float quantum = b.p.quantum;
+  const QuantumReport held = b.report.host()[0];
+  EXPECT_EQ(held.difference, 0u);
+  EXPECT_LE(held.most, QuantumGuess::kMostQuanta);
+  EXPECT_GT(held.most, QuantumGuess::kMostQuanta / 20);
+  for (const int finer : {16, 32, 64, 256, 4096, 1 << 20}) {
+    const QuantumReport r = b.run(quantum / finer, dkv);
+    EXPECT_TRUE(r.difference || r.most > QuantumGuess::kMostQuanta) << finer;
+  }
+  const std::vector<uint16_t> fine = x.d_o.host();
+  for (const uint16_t bad : {0x7FC0, 0x7F80, 0xFF80, 0x6C80}) {  // NaN, both infinities, 2^90
+    std::vector<uint16_t> d_o = fine;
+    d_o[(7 * 128 + 3) * 512 + 5] = bad;
+    cuda::check(cudaMemcpy(x.d_o.data(), d_o.data(), d_o.size() * 2, cudaMemcpyHostToDevice), "copy to the device");
+    launch_sparse_mla_delta_sm90(b.p, b.o.data(), b.delta.data());
+    const QuantumReport r = b.run(quantum, dkv);
+    EXPECT_NE(r.difference, 0u) << std::hex << bad;
+    EXPECT_EQ(r.most, ~0u) << std::hex << bad;
+    EXPECT_EQ(b.run(dkv), bad == 0x6C80) << std::hex << bad;
+  }
+}
+
+// One sum of one column: q is zero and a list has one key, so that dkv there is do.
+void check_one_field(int cached_keys) {
+  Problem x(1, 70, 128, 64, 37);
+  x.q.fill_bytes(0);
+  const DeviceArray<uint16_t> dkv(x.keys * 576);
+  x.indices[0] = 69, x.lengths[0] = 1;
+  Backward b(x, 1, cached_keys);
+  for (int c = 0; c < 512; c += 7) {
+    for (const float value : {983040.f, -983040.f, 1048576.f, -1052672.f, 2097152.f, -2097152.f, 3145728.f, 4177920.f, -4177920.f, 1e9f, -1e38f}) {
+      std::vector<uint16_t> d_o(128 * 512, 0);
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      d_o[c] = static_cast<uint16_t>(bits >> 16);
+      cuda::check(cudaMemcpy(x.d_o.data(), d_o.data(), d_o.size() * 2, cudaMemcpyHostToDevice), "copy to the device");
+      launch_sparse_mla_delta_sm90(b.p, b.o.data(), b.delta.data());
+      const QuantumReport r = b.run(1, dkv);
+      const bool fits = std::fabs(value) <= QuantumGuess::kMostQuanta;
+      EXPECT_EQ(r.difference == 0 && r.most <= QuantumGuess::kMostQuanta, fits) << value << " in column " << c;
+      if (!fits) continue;
+      EXPECT_EQ(r.most, QuantumGuess::kMostQuanta);
+      const auto got = dkv.host();
+      for (int64_t i = 0; i < x.keys * 576; ++i) ASSERT_EQ(got[i], i == 69 * 576 + c ? d_o[c] : 0) << value << " in column " << c;
+    }
+  }
+}
+
+TEST_F(SparseMla, BackwardNoticesWhatDoesNotFit) { check_noticed(49152); }
+TEST_F(SparseMla, BackwardByKeyNoticesWhatDoesNotFit) { check_noticed(/*cached_keys=*/0); }
+TEST_F(SparseMla, BackwardNoticesOneSumOutOfRange) { check_one_field(49152); }
+TEST_F(SparseMla, BackwardByKeyNoticesOneSumOutOfRange) { check_one_field(/*cached_keys=*/0); }
 
 TEST_F(SparseMla, OffsetsBeyond32Bits) {  // T * H * 512 and T * H * 576 pass 2^31
   const int64_t rows = 34000, tail = 8;
   Problem x(rows, rows, 128, 64, 23);
   const DeviceArray<uint16_t> dkv(x.keys * 576);
   Backward b(x, 1024);
-  b.run(0, dkv);
+  ASSERT_TRUE(b.run(dkv));
   SparseMlaParams last = b.p;
   last.queries = tail;
   last.q = x.q.data() + (rows - tail) * 128 * 576;
