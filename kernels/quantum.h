@@ -16,8 +16,8 @@ namespace dsa {
 
 /// What the end of a pass says of its sums.
 struct QuantumReport {
-  uint32_t most;        ///< greatest magnitude of a sum, in quanta
-  uint32_t difference;  ///< of two checksums; not 0: some sum or contribution left its range, and `most` means nothing
+  uint32_t most;        ///< greatest magnitude of a sum, in quanta; ~0 if some contribution was no integer of them
+  uint32_t difference;  ///< of two checksums; not 0: some sum left its range, and `most` means nothing
 };
 
 class QuantumGuess {
@@ -33,7 +33,7 @@ class QuantumGuess {
       const QuantumReport r = pass(std::ldexp(1.0f, exponent));
       if (r.difference || r.most > kMostQuanta) {
         failed = exponent;
-        if (held > kGreatest) exponent += r.difference ? 5 * kGrid : kGrid;
+        if (held > kGreatest) exponent += r.difference || r.most == ~0u ? 5 * kGrid : kGrid;
         else exponent = std::min(held, exponent + std::max(kGrid, (held - exponent) / (2 * kGrid) * kGrid));
         continue;
       }

@@ -19,7 +19,7 @@ QuantumReport report(const std::vector<std::vector<float>>& sums, double quantum
   for (const auto& contributions : sums) {
     double sum = 0;
     for (const float x : contributions) {
-      if (!(std::abs(x) < 4 * kHeld * quantum)) r.difference = 1;
+      if (!(std::abs(x) < 4 * kHeld * quantum)) r.most = ~0u;
       else sum += std::nearbyint(x / quantum);
     }
     if (sum < -kHeld || sum >= kHeld) r.difference = 1;
