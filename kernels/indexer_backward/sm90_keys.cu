@@ -221,12 +221,12 @@ __device__ void sum_queries(const Arguments& a, Shared& s, const Work& work, int
       select(s, second, 0, key, row, even);
       add_products(sums, even, s.tile[second], 0);
       cuda::wgmma_wait<1>();
-      arrive_once_a_warp(&s.free[first]);
+      cuda::mbarrier_arrive(&s.free[first]);
       select(s, second, 1, key, row, odd);
       add_products(sums, odd, s.tile[second], 1);
       stage.next();
       cuda::wgmma_wait<0>();
-      arrive_once_a_warp(&s.free[second]);
+      cuda::mbarrier_arrive(&s.free[second]);
       cuda::wgmma_settle(sums[0]);
       cuda::wgmma_settle(sums[1]);
     }
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(const __grid_consta
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       cuda::mbarrier_init(&s.full[i], 1 + 32);  // the copy and the lanes that write beside it
-      cuda::mbarrier_init(&s.free[i], 8);
+      cuda::mbarrier_init(&s.free[i], kReaders);
     }
     cuda::mbarrier_init_fence();
   }

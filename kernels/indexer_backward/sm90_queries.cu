@@ -61,9 +61,9 @@ __device__ __forceinline__ void two_tiles(float (&sums)[64], const char* own, Sh
   select(second, b, 1, selected_second);
   add_selected(sums, selected_second, s.tile[b]);
   cuda::wgmma_wait<1>();
-  arrive_once_a_warp(&s.free[a]);
+  cuda::mbarrier_arrive(&s.free[a]);
   cuda::wgmma_wait<0>();
-  arrive_once_a_warp(&s.free[b]);
+  cuda::mbarrier_arrive(&s.free[b]);
   cuda::wgmma_settle(sums);
 }
 
@@ -169,7 +169,7 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
         dw[h] += __shfl_xor_sync(~0u, dw[h], 1);
         dw[h] += __shfl_xor_sync(~0u, dw[h], 2);
       }
-      arrive_once_a_warp(&s.own_free);
+      cuda::mbarrier_arrive(&s.own_free);
     }
     if (t >= a.queries) continue;
 #pragma unroll
@@ -196,10 +196,10 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(const __grid_con
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       cuda::mbarrier_init(&s.full[i], 1);
-      cuda::mbarrier_init(&s.free[i], 8);
+      cuda::mbarrier_init(&s.free[i], kReaders);
     }
     cuda::mbarrier_init(&s.own_full, 1);
-    cuda::mbarrier_init(&s.own_free, 8);
+    cuda::mbarrier_init(&s.own_free, kReaders);
     cuda::mbarrier_init_fence();
   }
   __syncthreads();
