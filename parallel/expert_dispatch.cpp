@@ -26,51 +26,13 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "parallel/row_sums.h"
+
 namespace dsa {
 
 namespace {
 
-at::ScalarType accumulation_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 int64_t total(const std::vector<int64_t>& counts) { return std::accumulate(counts.begin(), counts.end(), int64_t{0}); }
-
-/// Sum over sources of weight * row into targets. The sources come in passes: inside a pass no target occurs twice, so
-/// the additions of a target have an order and the result is deterministic on every device.
-class SegmentSum {
- public:
-  SegmentSum() = default;
-  /// to [sources]: the targets pass by pass, ascending inside one; sizes: of the passes; from [sources]: the source rows
-  /// in the same order, undefined where they stand so already.
-  SegmentSum(int64_t targets, at::Tensor to, const std::vector<int64_t>& sizes, at::Tensor from)
-      : targets_(targets), to_(std::move(to)), from_(std::move(from)), sizes_(sizes) {}
-
-  /// source [sources, H], weight [sources] or undefined -> [targets, H] in source's accumulation type.
-  at::Tensor operator()(const at::Tensor& source, const at::Tensor& weight = {}) const {
-    const auto type = accumulation_type(source);
-    at::Tensor sum;
-    for (int64_t p = 0, begin = 0; p < static_cast<int64_t>(sizes_.size()); begin += sizes_[p++]) {
-      const auto of_pass = [&](const at::Tensor& x) {
-        return from_.defined() ? x.index_select(0, from_.narrow(0, begin, sizes_[p])) : x.narrow(0, begin, sizes_[p]);
-      };
-      at::Tensor rows = of_pass(source).to(type);
-      if (weight.defined()) rows = rows.mul(of_pass(weight).to(type).unsqueeze(1));
-      if (p == 0 && sizes_[p] == targets_) {  // every target, in order
-        sum = rows.is_alias_of(source) ? rows.clone() : rows;
-        continue;
-      }
-      if (!sum.defined()) sum = at::zeros({targets_, source.size(1)}, source.options().dtype(type));
-      sum.index_add_(0, to_.narrow(0, begin, sizes_[p]), rows);
-    }
-    return sum.defined() ? sum : at::zeros({targets_, source.size(1)}, source.options().dtype(type));
-  }
-
- private:
-  int64_t targets_ = 0;
-  at::Tensor to_, from_;
-  std::vector<int64_t> sizes_;
-};
 
 [[noreturn]] void refuse(const std::string& why, const std::string& suggestion) {
   throw std::invalid_argument("cannot dispatch tokens to experts (" + why + ") " + suggestion);
@@ -103,12 +65,16 @@ struct ExpertRouting : torch::CustomClassHolder {
   at::Tensor received_of_row;  // [M]
   at::Tensor pair_of_row;      // [M] index among the received pairs
   at::Tensor row_of_pair;      // [M] the inverse
-  SegmentSum to_tokens;        // S -> N, a pass per rank
-  SegmentSum to_received;      // M -> R, a pass per position of an expert among the token's experts here
+  at::Tensor first_of_token, sent_of_token;       // [N+1], [S] the sent rows of each token, by rank
+  at::Tensor first_of_received;                   // [R+1] the received pairs of each received row, by expert
   std::vector<int64_t> rows_per_expert;
 
   Transfer rows;               // on the road; at most one at a time
 
+  at::Tensor to_tokens(const at::Tensor& x_SH) const { return row_sums(x_SH, first_of_token, sent_of_token); }
+  at::Tensor to_received(const at::Tensor& x_MH, const at::Tensor& weights_M = {}) const {
+    return row_sums(x_MH, first_of_received, row_of_pair, weights_M);
+  }
   Transfer there(const at::Tensor& x) const { return move(x, sent_tokens, received_tokens); }
   Transfer back(const at::Tensor& x) const { return move(x, received_tokens, sent_tokens); }
   at::Tensor pairs_there(const at::Tensor& x) const { return move(x, sent_pairs, received_pairs).wait(); }
@@ -141,7 +107,7 @@ struct StartDispatch : torch::autograd::Function<StartDispatch> {
   static variable_list backward(AutogradContext* ctx, variable_list) {
     const RoutingPtr routing = routing_of(ctx);
     const at::Tensor grad_SH = routing->rows.wait();
-    return {routing->to_tokens(grad_SH).to(grad_SH.scalar_type()), {}};
+    return {routing->to_tokens(grad_SH), {}};
   }
 };
 
@@ -153,7 +119,7 @@ struct EndDispatch : torch::autograd::Function<EndDispatch> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const RoutingPtr routing = routing_of(ctx);
-    const at::Tensor grad_RH = routing->to_received(grads[0]).to(grads[0].scalar_type());
+    const at::Tensor grad_RH = routing->to_received(grads[0]);
     routing->rows = routing->back(grad_RH);
     return {grad_RH, {}};
   }
@@ -168,17 +134,14 @@ struct StartCombine : torch::autograd::Function<StartCombine> {
     const at::Tensor weights_P = weights_NK.reshape({-1}).index_select(0, routing->choice_of_pair);
     const at::Tensor weights_M = routing->pairs_there(weights_P).index_select(0, routing->pair_of_row);
     ctx->save_for_backward({y_MH, weights_M, link});
-    routing->rows = routing->back(routing->to_received(y_MH, weights_M).to(y_MH.scalar_type()));
+    routing->rows = routing->back(routing->to_received(y_MH, weights_M));
     return routing->rows.result();
   }
   static variable_list backward(AutogradContext* ctx, variable_list) {
     const RoutingPtr routing = routing_of(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &y_MH = saved[0], &weights_M = saved[1], &link = saved[2];
-    const auto type = accumulation_type(y_MH);
-    const at::Tensor grad_MH = routing->rows.wait().index_select(0, routing->received_of_row).to(type);
-    const at::Tensor grad_y_MH = grad_MH.mul(weights_M.to(type).unsqueeze(1)).to(y_MH.scalar_type());
-    const at::Tensor grad_weights_M = grad_MH.mul(y_MH.to(type)).sum(1).to(weights_M.scalar_type());
+    const auto [grad_y_MH, grad_weights_M] = scaled_rows(routing->rows.wait(), routing->received_of_row, weights_M, y_MH);
     const at::Tensor grad_weights_P = routing->pairs_back(grad_weights_M.index_select(0, routing->row_of_pair));
     at::Tensor grad_weights_NK = at::empty({routing->tokens * routing->choices}, weights_M.options());
     grad_weights_NK.index_copy_(0, routing->choice_of_pair, grad_weights_P);  // every (n, k) is one pair
@@ -187,9 +150,9 @@ struct StartCombine : torch::autograd::Function<StartCombine> {
 };
 
 struct EndCombine : torch::autograd::Function<EndCombine> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& coming_SH, const RoutingPtr& routing) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor&, const RoutingPtr& routing) {
     ctx->saved_data["routing"] = c10::IValue::make_capsule(routing);
-    return routing->to_tokens(routing->rows.wait()).to(coming_SH.scalar_type());
+    return routing->to_tokens(routing->rows.wait());
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const RoutingPtr routing = routing_of(ctx);
@@ -227,46 +190,48 @@ ExpertDispatch::ExpertDispatch(const at::Tensor& experts_NK, const at::Tensor& w
   const at::Tensor to_NK = expert_NK.div(per_rank, "floor");
   const at::Tensor position_NK = count_to(K).sub(at::searchsorted(to_NK, to_NK));
   const at::Tensor expert_ends = at::searchsorted(std::get<0>(sorted(expert_NK.flatten())), count_to(num_experts + 1));
-  const at::Tensor position_ends =
-      at::searchsorted(std::get<0>(sorted(to_NK.mul(K).add(position_NK).flatten())), count_to(ranks * K + 1));
+
+  // Sent pairs: by destination, token, expert. A row begins where the position is 0.
+  const auto [to_P, pair_order] = sorted(to_NK.flatten());
+  const auto in_order = [order = pair_order](const at::Tensor& x_NK) { return x_NK.flatten().index_select(0, order); };
+  const at::Tensor rows_until_P = in_order(position_NK).eq(0).cumsum(0);
+  const at::Tensor pairs_before = expert_ends.index_select(0, count_to(ranks + 1).mul(per_rank));
+  const at::Tensor rows_before = at::cat({at::zeros({1}, options), rows_until_P}).index_select(0, pairs_before);
   const at::Tensor twice = expert_NK.narrow(1, 0, K - 1).eq(expert_NK.narrow(1, 1, K - 1)).sum().view({1});
-  const at::Tensor counted = at::cat({expert_ends, position_ends, twice}).cpu();
-  const int64_t *experts_before = counted.data_ptr<int64_t>(), *positions_before = experts_before + num_experts + 1;
-  if (experts_before[0] != 0 || experts_before[num_experts] != N * K || positions_before[ranks * K + 1] != 0)
+  const at::Tensor counted = at::cat({expert_ends, rows_before, twice}).cpu();
+  const int64_t *experts_before = counted.data_ptr<int64_t>(), *rows_sent = experts_before + num_experts + 1;
+  if (experts_before[0] != 0 || experts_before[num_experts] != N * K || rows_sent[ranks + 1] != 0)
     refuse_choices(experts_NK, num_experts);
 
-  // To each rank: how many pairs of each of its experts, and how many tokens with more than 0, 1, ... of them.
-  at::Tensor counts = at::empty({ranks, per_rank + K}, at::TensorOptions(at::kLong));
+  // To each rank: how many rows, and how many pairs of each of its experts.
+  at::Tensor counts = at::empty({ranks, 1 + per_rank}, at::TensorOptions(at::kLong));
   for (int to = 0; to < ranks; ++to) {
-    int64_t* row = counts.data_ptr<int64_t>() + to * (per_rank + K);
-    for (int64_t e = to * per_rank; e < (to + 1) * per_rank; ++e) *row++ = experts_before[e + 1] - experts_before[e];
-    for (int64_t p = to * K; p < (to + 1) * K; ++p) *row++ = positions_before[p + 1] - positions_before[p];
-    r.sent_tokens.push_back(row[-K]);
-    r.sent_pairs.push_back(std::accumulate(row - K, row, int64_t{0}));
+    const int64_t rows = rows_sent[to + 1] - rows_sent[to], *pairs = experts_before + to * per_rank;
+    int64_t* out = counts.data_ptr<int64_t>() + to * (1 + per_rank);
+    out[0] = rows;
+    for (int64_t e = 0; e < per_rank; ++e) out[1 + e] = pairs[e + 1] - pairs[e];
+    r.sent_tokens.push_back(rows);
+    r.sent_pairs.push_back(pairs[per_rank] - pairs[0]);
   }
   const std::vector<int64_t> ones(ranks, 1);
   const at::Tensor counts_here = group.all_to_all(counts, ones, ones);
   r.rows_per_expert.assign(per_rank, 0);
-  std::vector<int64_t> pass_sizes(K, 0);
   for (int from = 0; from < ranks; ++from) {
-    const int64_t* row = counts_here.data_ptr<int64_t>() + from * (per_rank + K);
-    for (int64_t e = 0; e < per_rank; ++e) r.rows_per_expert[e] += *row++;
-    for (int64_t p = 0; p < K; ++p) pass_sizes[p] += row[p];
-    r.received_tokens.push_back(row[0]);
-    r.received_pairs.push_back(std::accumulate(row, row + K, int64_t{0}));
+    const int64_t* in = counts_here.data_ptr<int64_t>() + from * (1 + per_rank);
+    r.received_tokens.push_back(in[0]);
+    r.received_pairs.push_back(std::accumulate(in + 1, in + 1 + per_rank, int64_t{0}));
+    for (int64_t e = 0; e < per_rank; ++e) r.rows_per_expert[e] += in[1 + e];
   }
 
-  // Sent pairs: by destination, token, expert. A row begins where the position is 0.
   const int64_t S = total(r.sent_tokens), R = total(r.received_tokens), M = total(r.received_pairs);
-  const auto [to_P, pair_order] = sorted(to_NK.flatten());
-  const auto in_order = [order = pair_order](const at::Tensor& x_NK) { return x_NK.flatten().index_select(0, order); };
   const at::Tensor token_P = pair_order.div(K, "floor");
-  const at::Tensor sent_row_P = in_order(position_NK).eq(0).cumsum(0).sub(1);
+  const at::Tensor sent_row_P = rows_until_P.sub(1);
   r.choice_of_pair = in_order(choice_NK).add(token_P, K);
   r.token_of_sent = token_P.index_select(0, at::searchsorted(sent_row_P, count_to(S)));
-  r.to_tokens = SegmentSum(N, r.token_of_sent, r.sent_tokens, {});
-  const at::Tensor rows_to = position_ends.diff().view({ranks, K}).select(1, 0);
-  const at::Tensor first_row_to = rows_to.cumsum(0).sub(rows_to);
+  const auto [token_of_row, sent_of_token] = sorted(r.token_of_sent);
+  r.first_of_token = at::searchsorted(token_of_row, count_to(N + 1));
+  r.sent_of_token = sent_of_token;
+  const at::Tensor first_row_to = rows_before.narrow(0, 0, ranks);
   const at::Tensor pairs_here = r.pairs_there(
       at::stack({sent_row_P.sub(first_row_to.index_select(0, to_P)), in_order(expert_NK).remainder(per_rank)}, 1));
 
@@ -281,10 +246,7 @@ ExpertDispatch::ExpertDispatch(const at::Tensor& experts_NK, const at::Tensor& w
   r.pair_of_row = std::get<1>(sorted(pairs_here.select(1, 1)));
   r.row_of_pair = at::empty_like(r.pair_of_row).scatter_(0, r.pair_of_row, count_to(M));
   r.received_of_row = received_of_pair.index_select(0, r.pair_of_row);
-  const at::Tensor position_of_pair = count_to(M).sub(at::searchsorted(received_of_pair, received_of_pair));
-  const at::Tensor by_position = std::get<1>(sorted(position_of_pair));
-  r.to_received = SegmentSum(R, received_of_pair.index_select(0, by_position), pass_sizes,
-                             r.row_of_pair.index_select(0, by_position));
+  r.first_of_received = at::searchsorted(received_of_pair, count_to(R + 1));
 }
 
 ExpertDispatch::~ExpertDispatch() = default;
