@@ -1,10 +1,11 @@
 // [mpirun -np N] dsa_bench layer [--json FILE] [--lengths 4096,8192,...] [--modes dense,warmup,sparse] [--repeats N]
-//                                [--kernels N] [--split context|tensor]
+//                                [--kernels N] [--split context|tensor] [--ffn dense|experts]
 //
-// One decoder layer of the 671B model (hidden 7168, 128 heads, dense FFN 18432), batch 1, bf16, on one GPU, or its rows
-// (--split tensor: its heads and matrices) dealt to N GPUs: forward and backward of the product's own layer code. Prints
-// milliseconds (median, wall clock, device synchronised), tokens/s, peak memory and model TFLOP/s. FLOPs counted, T tokens, P matrix parameters, H heads, causal pairs = T (T + 1) / 2,
-// selected pairs = sum_t min(t + 1, 2048):
+// One decoder layer of the 671B model (hidden 7168, 128 heads; dense FFN 18432, or 256 experts of 2048, 8 and a shared one a
+// token), batch 1, bf16, on one GPU, or its rows (--split tensor: its heads and matrices), and its experts, dealt to N GPUs:
+// forward and backward of the product's own layer code. Prints milliseconds (median, wall clock, device synchronised),
+// tokens/s, peak memory and model TFLOP/s. FLOPs counted, T tokens, P matrix parameters that a token meets, H heads,
+// causal pairs = T (T + 1) / 2, selected pairs = sum_t min(t + 1, 2048):
 //   dense   6 P T + 2 pairs H ((192 + 128) + (3*192 + 2*128))
 //   warmup  2 P T + 2 pairs H (192 + 128) + 2 pairs H 192 (the target) + 3 * 2 pairs 64*128 (scores, gradients)
 //   sparse  6 P T + 2 selected H ((576 + 512) + (3*576 + 2*512)) + 2 pairs 64*128 + 3 * 2 selected 64*128
@@ -38,8 +39,8 @@ namespace {
 
 constexpr int64_t kVocabulary = 129280;
 
-ModelConfig layer_of_671b() {
-  return ModelConfig::from_json(R"({"model_type": "deepseek_v32", "vocab_size": 129280, "hidden_size": 7168,
+ModelConfig layer_of_671b(bool experts) {
+  ModelConfig config = ModelConfig::from_json(R"({"model_type": "deepseek_v32", "vocab_size": 129280, "hidden_size": 7168,
     "num_hidden_layers": 1, "first_k_dense_replace": 1, "num_attention_heads": 128, "num_key_value_heads": 128,
     "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
     "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1,
@@ -48,7 +49,9 @@ ModelConfig layer_of_671b() {
     "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
     "mscale": 1.0, "mscale_all_dim": 1.0}, "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048,
     "scoring_func": "sigmoid", "topk_method": "noaux_tc", "hidden_act": "silu", "bos_token_id": 0, "eos_token_id": 1})",
-                                "the 671B layer");
+                                              "the 671B layer");
+  if (experts) config.first_k_dense_replace = 0;
+  return config;
 }
 
 struct Result {
@@ -69,15 +72,18 @@ double floating_point_operations(const std::string& mode, const ModelConfig& c, 
 
 class LayerBench {
  public:
-  LayerBench(Mesh mesh, const std::string& mode) : mesh_(std::move(mesh)), mode_(mode), config_(layer_of_671b()) {
+  LayerBench(Mesh mesh, const std::string& mode, bool experts)
+      : mesh_(std::move(mesh)), mode_(mode), config_(layer_of_671b(experts)) {
     const ModelBuilder builder{config_, mesh_, at::kBFloat16, list_};
     layer_.emplace(builder, 0, /*hadamard=*/false);
     for (Parameter& p : list_.parameters) {
       if (p.decay) p.value.normal_(0, 0.02);
       else p.value.fill_(p.shards[0].name.ends_with("bias") ? 0 : 1);
-      if (p.decay && p.group == ParameterGroup::BACKBONE)
-        parameters_ += static_cast<double>(numel(p.shards[0].global_shape));
+      if (!p.decay || p.group != ParameterGroup::BACKBONE) continue;
+      const double share = p.stacked ? static_cast<double>(config_.num_experts_per_tok) : 1;
+      parameters_ += share * static_cast<double>(numel(p.shards[0].global_shape));
     }
+    for (Buffer& b : list_.buffers) b.value.zero_();  // the router's correction bias
     list_.set_trainable(ParameterGroup::BACKBONE, mode != "warmup");
     list_.set_trainable(ParameterGroup::INDEXER, mode != "dense");
     plan_.attention = mode == "sparse" ? AttentionMode::SPARSE : AttentionMode::DENSE;
@@ -152,7 +158,7 @@ std::vector<std::string> split(const std::string& text) {
 }  // namespace
 
 int run_layer(int argc, char** argv) {
-  std::string json, split_by = "context", lengths = "4096,8192,16384,32768,65536,131072", modes = "dense,warmup,sparse";
+  std::string json, split_by = "context", ffn = "dense", lengths = "4096,8192,16384,32768,65536,131072", modes = "dense,warmup,sparse";
   int repeats = 3;
   size_t kernels = 0;
   for (int i = 0; i + 1 < argc; i += 2) {
@@ -161,6 +167,7 @@ int run_layer(int argc, char** argv) {
     else if (!std::strcmp(argv[i], "--modes")) modes = argv[i + 1];
     else if (!std::strcmp(argv[i], "--repeats")) repeats = std::atoi(argv[i + 1]);
     else if (!std::strcmp(argv[i], "--split")) split_by = argv[i + 1];
+    else if (!std::strcmp(argv[i], "--ffn")) ffn = argv[i + 1];
     else if (!std::strcmp(argv[i], "--kernels")) kernels = std::stoul(argv[i + 1]);
     else throw std::invalid_argument(std::string("unknown option ") + argv[i] + " (see the head of tests/bench/layer_bench.cpp)");
   }
@@ -177,8 +184,8 @@ int run_layer(int argc, char** argv) {
               "TFLOP/s");
   nlohmann::json results = nlohmann::json::array();
   for (const std::string& mode : split(modes)) {
-    const Degrees degrees = split_by == "tensor" ? Degrees{.tensor = ranks} : Degrees{.context = ranks};
-    LayerBench bench(ranks > 1 ? Mesh(degrees, /*check_calls=*/false, device) : Mesh::single(device), mode);
+    const Degrees degrees = split_by == "tensor" ? Degrees{.tensor = ranks, .expert = ranks} : Degrees{.context = ranks, .expert = ranks};
+    LayerBench bench(ranks > 1 ? Mesh(degrees, /*check_calls=*/false, device) : Mesh::single(device), mode, ffn == "experts");
     for (const std::string& length : split(lengths)) {
       try {
         const Result r = bench.measure(std::stoll(length), repeats, kernels);
@@ -201,7 +208,7 @@ int run_layer(int argc, char** argv) {
   }
   for (const auto& [op, implementation] : implementations_that_ran()) std::printf("%-16s %s\n", op.c_str(), implementation.c_str());
   if (!json.empty() && launched_rank() == 0)
-    std::ofstream(json) << nlohmann::json{{"device", describe_gpu(device)}, {"ranks", ranks}, {"split", split_by},
+    std::ofstream(json) << nlohmann::json{{"device", describe_gpu(device)}, {"ranks", ranks}, {"split", split_by}, {"ffn", ffn},
                                           {"results", results}}.dump(1) << "\n";
   return 0;
 }
