@@ -2,8 +2,9 @@
 //
 // Sums of integers do not depend on their order. Every contribution is rounded to a multiple of a quantum, a power of two, and
 // the sums are kept as integers of 21 bits. To give the same bits whatever ran before, the quantum used in the end is a
-// function of the inputs: the finest power of 16 with which no sum passes kMostQuanta. It is guessed from the call before
-// (which seldom errs, the greatest magnitude moving slowly), and the pass is run again when the guess was wrong.
+// function of the inputs: the finest power of 16 with which no sum passes kMostQuanta. It is guessed from the call before at
+// the same site (a layer and a block of its rows: gradients of different layers differ by orders of magnitude, those of one
+// layer in two steps seldom by much), and the pass is run again when the guess was wrong.
 // The greatest sum has 61,440 to 983,040 quanta; a sum of n contributions errs by about 0.3 sqrt(n) of them.
 #pragma once
 
@@ -11,6 +12,9 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace dsa {
 
@@ -22,6 +26,8 @@ struct QuantumReport {
 
 class QuantumGuess {
  public:
+  explicit QuantumGuess(int exponent = -32) : exponent_(exponent) {}
+
   static constexpr uint32_t kMostQuanta = 983'040;  // 15/16 of what 21 bits hold
 
   /// pass(quantum) computes the sums from scratch and returns a QuantumReport (it synchronises with the device). Afterwards
@@ -29,12 +35,14 @@ class QuantumGuess {
   template <typename Pass>
   bool run(const Pass& pass) {
     int failed = kLeast - kGrid, held = kGreatest + kGrid;  // known bounds of the finest exponent that holds
-    for (int exponent = exponent_; exponent <= kGreatest;) {
+    int stride = kGrid;                                     // a site's sums grow by little, or it is its first call
+    for (int exponent = exponent_;;) {
       const QuantumReport r = pass(std::ldexp(1.0f, exponent));
       if (r.difference || r.most > kMostQuanta) {
         failed = exponent;
-        if (held > kGreatest) exponent += r.difference || r.most == ~0u ? 5 * kGrid : kGrid;
-        else exponent = std::min(held, exponent + std::max(kGrid, (held - exponent) / (2 * kGrid) * kGrid));
+        if (held <= kGreatest) exponent = std::min(held, exponent + std::max(kGrid, (held - exponent) / (2 * kGrid) * kGrid));
+        else if (exponent < kGreatest) exponent = std::min(kGreatest, exponent + std::exchange(stride, 4 * stride));
+        else break;
         continue;
       }
       // Rounding makes the greatest sums of two quanta differ a little: near the edge only a pass can tell.
@@ -60,7 +68,31 @@ class QuantumGuess {
     return std::max(bits / kGrid, 1) * kGrid;
   }
 
-  std::atomic<int> exponent_{-32};
+  friend class QuantumGuesses;
+  std::atomic<int> exponent_;
+};
+
+/// One guess a site. Safe from several threads.
+class QuantumGuesses {
+ public:
+  /// QuantumGuess::run with the guess of `site`; a new site begins with what held last anywhere.
+  template <typename Pass>
+  bool run(int64_t site, const Pass& pass) {
+    QuantumGuess* guess;
+    {
+      const std::lock_guard lock(mutex_);
+      guess = &guesses_.try_emplace(site, last_).first->second;
+    }
+    const bool holds = guess->run(pass);
+    const std::lock_guard lock(mutex_);
+    if (holds) last_ = guess->exponent_;
+    return holds;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int64_t, QuantumGuess> guesses_;
+  int last_ = -32;
 };
 
 }  // namespace dsa

@@ -41,14 +41,14 @@ IndexerLoss indexer_kl_of_mass(const at::Tensor&, int64_t, const IndexerInputs&,
   unreachable();
 }
 bool indexer_kl_sparse_supports(const IndexerInputs&, const TopK&, const char** why_not) { return refuse(why_not); }
-IndexerLoss indexer_kl_sparse(const at::Tensor&, const TopK&, const IndexerInputs&, const at::Tensor&, double) { unreachable(); }
+IndexerLoss indexer_kl_sparse(const at::Tensor&, const TopK&, const IndexerInputs&, const at::Tensor&, double, int64_t) { unreachable(); }
 
 bool sparse_mla_supports(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, const char** why_not) {
   return refuse(why_not);
 }
 SparseMlaOutput sparse_mla_forward(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double) { unreachable(); }
 reference::SparseMlaGradients sparse_mla_backward(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                                  const at::Tensor&, const at::Tensor&, const at::Tensor&, double) {
+                                                  const at::Tensor&, const at::Tensor&, const at::Tensor&, double, int64_t) {
   unreachable();
 }
 

@@ -187,7 +187,7 @@ void sparse_indexer_loss(const IndexerLossTarget& target, const IndexerProjectio
     native::IndexerLoss loss;
     {
       const c10::NoGradGuard no_grad;
-      loss = native::indexer_kl_sparse(p_NK, lists, inputs, b.real_N, pass.plan.kl_scale);
+      loss = native::indexer_kl_sparse(p_NK, lists, inputs, b.real_N, pass.plan.kl_scale, target.layer);
       report_rows(report, loss.kl_T, loss.entropy_T, b.real_N);
     }
     record(pass, "sparse", target.layer, {loss.kl_T});

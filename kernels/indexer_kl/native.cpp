@@ -20,7 +20,7 @@ namespace {
 constexpr size_t kMostWorkspace = size_t{11} << 28;  // 2.75 GiB
 constexpr int64_t kMostRows = 4096, kRowStep = 256;  // of a block
 
-QuantumGuess quantum;
+QuantumGuesses quantum;
 
 const char* refusal(const IndexerInputs& x) {
   if (!x.q_TJI.is_cuda()) return "not on a GPU";
@@ -179,7 +179,7 @@ bool indexer_kl_sparse_supports(const IndexerInputs& indexer, const TopK& select
 }
 
 IndexerLoss indexer_kl_sparse(const at::Tensor& p_TK, const TopK& selected, const IndexerInputs& indexer,
-                              const at::Tensor& row_weight_T, double loss_scale) {
+                              const at::Tensor& row_weight_T, double loss_scale, int64_t site) {
   const Inputs x(indexer);
   const at::Tensor target = p_TK.contiguous(), indices = selected.indices_TK.contiguous(), lengths = selected.lengths_T.contiguous();
   const at::Tensor scores = selected.scores_TK.contiguous(), weight = row_weight_T.to(at::kFloat).contiguous();
@@ -216,7 +216,7 @@ IndexerLoss indexer_kl_sparse(const at::Tensor& p_TK, const TopK& selected, cons
   const at::Tensor workspace = bytes_on(x.q.device(), p.workspace_bytes);
   p.workspace = workspace.data_ptr();
   p.stream = current_stream(x.q);
-  const bool finite = quantum.run([&](float q) {
+  const bool finite = quantum.run(site, [&](float q) {
     sum.zero_();
     p.quantum = q;
     launch_indexer_kl_sparse_sm90(p);

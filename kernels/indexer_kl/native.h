@@ -38,9 +38,9 @@ IndexerLoss indexer_kl_of_mass(const at::Tensor& mass_TS, int64_t all_heads, con
                                const at::Tensor& row_weight_T, double loss_scale, bool want_gradient);
 
 /// Target: p_TK over the selected keys, summing to 1. Scores: selected.scores_TK, as the selection computed them. Where a
-/// contribution to dk is infinite or NaN, dk is NaN throughout.
+/// contribution to dk is infinite or NaN, dk is NaN throughout. site: a layer (quantum.h).
 bool indexer_kl_sparse_supports(const IndexerInputs& indexer, const TopK& selected, const char** why_not);
 IndexerLoss indexer_kl_sparse(const at::Tensor& p_TK, const TopK& selected, const IndexerInputs& indexer,
-                              const at::Tensor& row_weight_T, double loss_scale);
+                              const at::Tensor& row_weight_T, double loss_scale, int64_t site);
 
 }  // namespace dsa::native

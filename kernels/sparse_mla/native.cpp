@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kWorkspaceRows = 1024;
 
-QuantumGuess quantum;
+QuantumGuesses quantum;
 
 void describe(SparseMlaParams& p, const at::Tensor& q_THE, const at::Tensor& kv_SE, const at::Tensor& indices_TK,
               const at::Tensor& lengths_T, double scale) {
@@ -64,7 +64,7 @@ SparseMlaOutput sparse_mla_forward(const at::Tensor& q_THE, const at::Tensor& kv
 
 reference::SparseMlaGradients sparse_mla_backward(const at::Tensor& do_THC, const at::Tensor& q_THE, const at::Tensor& kv_SE,
                                                   const at::Tensor& indices_TK, const at::Tensor& lengths_T,
-                                                  const at::Tensor& o_THC, const at::Tensor& lse_TH, double scale) {
+                                                  const at::Tensor& o_THC, const at::Tensor& lse_TH, double scale, int64_t site) {
   const at::Tensor q = q_THE.contiguous(), kv = kv_SE.contiguous(), indices = indices_TK.contiguous();
   const at::Tensor d_o = do_THC.contiguous(), o = o_THC.contiguous(), lse = lse_TH.contiguous();
   const int64_t T = q.size(0), H = q.size(1), S = kv.size(0);
@@ -86,7 +86,7 @@ reference::SparseMlaGradients sparse_mla_backward(const at::Tensor& do_THC, cons
   const at::Tensor workspace = at::empty({static_cast<int64_t>(p.workspace_bytes)}, q.options().dtype(at::kByte));
   p.workspace = workspace.data_ptr();
   launch_sparse_mla_delta_sm90(p, o.const_data_ptr(), delta.data_ptr<float>());
-  const bool finite = quantum.run([&](float q) {
+  const bool finite = quantum.run(site, [&](float q) {
     sum.zero_();
     p.quantum = q;
     launch_sparse_mla_backward_sm90(p);

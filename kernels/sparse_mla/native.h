@@ -14,9 +14,10 @@ SparseMlaOutput sparse_mla_forward(const at::Tensor& q_THE, const at::Tensor& kv
                                    const at::Tensor& lengths_T, double scale);
 
 /// The sum over heads of the probabilities comes with the gradients. Synchronises with the device: the quantum of the
-/// sums into dkv is checked, and the pass is run again with another one when it does not fit.
+/// sums into dkv is checked, and the pass is run again with another one when it does not fit;
+/// `site` says whose last one is tried first (quantum.h).
 reference::SparseMlaGradients sparse_mla_backward(const at::Tensor& do_THC, const at::Tensor& q_THE, const at::Tensor& kv_SE,
                                                   const at::Tensor& indices_TK, const at::Tensor& lengths_T,
-                                                  const at::Tensor& o_THC, const at::Tensor& lse_TH, double scale);
+                                                  const at::Tensor& o_THC, const at::Tensor& lse_TH, double scale, int64_t site);
 
 }  // namespace dsa::native

@@ -29,7 +29,7 @@ struct Receiver : torch::CustomClassHolder {
 struct SparseMla : torch::autograd::Function<SparseMla> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& q_THE, const at::Tensor& kv_SE,
                                const at::Tensor& indices_TK, const at::Tensor& lengths_T, double scale, int64_t latent,
-                               int64_t query_block, bool want_mass, const MassReceiver& receive_mass) {
+                               int64_t query_block, bool want_mass, const MassReceiver& receive_mass, int64_t site) {
     const bool native = uses_native(q_THE, kv_SE, indices_TK, latent);
     SparseMlaOutput out = native && !want_mass ? native::sparse_mla_forward(q_THE.detach(), kv_SE.detach(), indices_TK, lengths_T, scale)
                                                : reference::sparse_mla_forward(q_THE.detach(), kv_SE.detach(), indices_TK,
@@ -39,20 +39,21 @@ struct SparseMla : torch::autograd::Function<SparseMla> {
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["latent"] = latent;
     ctx->saved_data["query_block"] = query_block;
+    ctx->saved_data["site"] = site;
     if (receive_mass) ctx->saved_data["receiver"] = c10::IValue::make_capsule(c10::make_intrusive<Receiver>(receive_mass));
     ctx->mark_non_differentiable({out.lse_TH, out.mass_TK});
     return {out.o_THC, out.lse_TH, out.mass_TK};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(9);
+    variable_list result(10);
     if (!grads[0].defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const at::Tensor q = saved[0].detach(), kv = saved[1].detach(), o = saved[4].detach(), lse = saved[5].detach();
     const double scale = ctx->saved_data["scale"].toDouble();
     const int64_t latent = ctx->saved_data["latent"].toInt();
     const auto d = uses_native(q, kv, saved[2], latent)
-                       ? native::sparse_mla_backward(grads[0], q, kv, saved[2], saved[3], o, lse, scale)
+                       ? native::sparse_mla_backward(grads[0], q, kv, saved[2], saved[3], o, lse, scale, ctx->saved_data["site"].toInt())
                        : reference::sparse_mla_backward(grads[0], q, kv, saved[2], saved[3], o, lse, scale, latent,
                                                         ctx->saved_data["query_block"].toInt());
     if (const auto found = ctx->saved_data.find("receiver"); found != ctx->saved_data.end()) {
@@ -69,7 +70,7 @@ struct SparseMla : torch::autograd::Function<SparseMla> {
 
 SparseMlaOutput sparse_mla(const at::Tensor& q_THE, const at::Tensor& kv_SE, const at::Tensor& indices_TK,
                            const at::Tensor& lengths_T, double scale, int64_t latent, int64_t query_block,
-                           bool want_mass, MassReceiver receive_mass) {
+                           bool want_mass, MassReceiver receive_mass, int64_t site) {
   require(q_THE.dim() == 3 && kv_SE.dim() == 2 && indices_TK.dim() == 2,
           "sparse_mla: q {}, kv {}, indices {} ([T,H,E], [S,E], [T,K] are expected) reshape them", shape_of(q_THE),
           shape_of(kv_SE), shape_of(indices_TK));
@@ -82,7 +83,7 @@ SparseMlaOutput sparse_mla(const at::Tensor& q_THE, const at::Tensor& kv_SE, con
   require(latent >= 1 && latent <= q_THE.size(2), "sparse_mla: latent is {} (keys have {} channels) give the value's width",
           latent, q_THE.size(2));
   require(query_block >= 1, "sparse_mla: query_block is {} (a block has at least one row) choose 1 or more", query_block);
-  const auto out = SparseMla::apply(q_THE, kv_SE, indices_TK, lengths_T, scale, latent, query_block, want_mass, receive_mass);
+  const auto out = SparseMla::apply(q_THE, kv_SE, indices_TK, lengths_T, scale, latent, query_block, want_mass, receive_mass, site);
   return {out[0], out[1], want_mass ? out[2] : at::Tensor()};
 }
 

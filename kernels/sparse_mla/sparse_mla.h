@@ -28,9 +28,10 @@ struct SparseMlaOutput {
 /// q_THE [T,H,E], kv_SE [S,E]; indices_TK int32 [T,K], valid for i < lengths_T[t] (int32 [T]); latent = C.
 /// query_block bounds the rows of a score tile. Differentiable in q and kv; keeps only q, kv,
 /// the indices, o and lse. bf16 at the released head sizes on a Hopper GPU: native.h (want_mass: the reference, the
-/// forward kernel has no mass); else the reference.
+/// forward kernel has no mass); else the reference. site: the same number for calls whose gradients are alike in size, a
+/// layer and a block of its rows; it changes no result (quantum.h).
 SparseMlaOutput sparse_mla(const at::Tensor& q_THE, const at::Tensor& kv_SE, const at::Tensor& indices_TK,
                            const at::Tensor& lengths_T, double scale, int64_t latent, int64_t query_block = 64,
-                           bool want_mass = false, MassReceiver receive_mass = nullptr);
+                           bool want_mass = false, MassReceiver receive_mass = nullptr, int64_t site = 0);
 
 }  // namespace dsa

@@ -235,14 +235,14 @@ TEST_F(DeviceTest, LossOverSelectedKeys) {
   EXPECT_FALSE(native::indexer_kl_sparse_supports(inputs, selected, &why_not));
   selected.scores_TK = scores.to(at::kFloat).to(gpu_);
   EXPECT_TRUE(native::indexer_kl_sparse_supports(inputs, selected, &why_not)) << why_not;
-  const native::IndexerLoss got = native::indexer_kl_sparse(p.to(gpu_), selected, inputs, weight.to(gpu_), 0.5);
+  const native::IndexerLoss got = native::indexer_kl_sparse(p.to(gpu_), selected, inputs, weight.to(gpu_), 0.5, 0);
   EXPECT_LT(relative_l2(got.kl_T, rows.rows_T), 1e-3);
   EXPECT_LT(relative_l2(got.entropy_T, rows.entropy_prediction_T), 1e-3);
   EXPECT_LT(relative_l2(got.gradients.dq_TJD, expected.dq_TJD), kBf16);
   EXPECT_LT(relative_l2(got.gradients.dw_TJ, expected.dw_TJ), kBf16);
   EXPECT_LT(relative_l2(got.gradients.dk_SD, expected.dk_SD), kBf16);
   const at::Tensor infinite = weight.masked_fill(at::arange(T) == 3, std::numeric_limits<float>::infinity());
-  const native::IndexerLoss bad = native::indexer_kl_sparse(p.to(gpu_), selected, inputs, infinite.to(gpu_), 0.5);
+  const native::IndexerLoss bad = native::indexer_kl_sparse(p.to(gpu_), selected, inputs, infinite.to(gpu_), 0.5, 0);
   EXPECT_TRUE(bad.gradients.dk_SD.isnan().all().item<bool>());
 }
 

@@ -94,6 +94,31 @@ TEST(Quantum, AtTheEdgeBetweenTwo) {
   }
 }
 
+TEST(Quantum, EverySiteHasItsGuess) {
+  QuantumGuesses guesses;
+  const auto passes = [&](int64_t site, const std::vector<std::vector<float>>& sums) {
+    int n = 0;
+    double quantum = 0;
+    EXPECT_TRUE(guesses.run(site, [&](float q) { return quantum = q, ++n, report(sums, q); }));
+    QuantumGuess fresh;
+    EXPECT_EQ(quantum, find(fresh, sums).quantum) << "site " << site;
+    return n;
+  };
+  // Five layers whose sums differ by 1000 from one to the next. Their greatest sum has 200,000 quanta: no edge is near.
+  const auto layer = [](int64_t site, float by) {
+    const float quantum = std::ldexp(1.f, 12 * static_cast<int>(site) - 40);
+    return std::vector<std::vector<float>>{{200'000 * by * quantum}, {10'000 * quantum, 3.3f * quantum}};
+  };
+  for (int step = 0; step < 3; ++step)
+    for (int64_t site = 0; site < 5; ++site) {
+      const int n = passes(site, layer(site, 1));
+      EXPECT_LE(n, step > 0 ? 1 : 12) << "step " << step << ", site " << site;
+    }
+  EXPECT_LE(passes(2, layer(2, 10)), 2) << "sums grow past the quantum";
+  EXPECT_EQ(passes(2, layer(2, 10)), 1);
+  EXPECT_LE(passes(2, layer(2, 1)), 2) << "sums shrink";
+}
+
 TEST(Quantum, ZeroAndWhatIsNotFinite) {
   QuantumGuess guess;
   EXPECT_TRUE(find(guess, {{0.f, 0.f}, {}}).holds);

@@ -152,7 +152,8 @@ at::Tensor Mla::attend_sparse(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, 
     MassReceiver receive;
     if (measures && backward_follows) receive = [learn, first = block.begin](const at::Tensor& mass) { learn(first, mass); };
     const SparseMlaOutput out = sparse_mla(q_RHE, in[1], rows(selection.indices_TK), rows(selection.lengths_T), scale_, latent_,
-                                           pass.plan.query_block, measures && !backward_follows, receive);
+                                           pass.plan.query_block, measures && !backward_follows, receive,
+                                           (layer_ << 32) + block.index);
     if (out.mass_TK.defined()) learn(block.begin, out.mass_TK);
     const at::Tensor b_HXC = in[3].view({heads_, nope_ + value_, latent_});
     const at::Tensor o_RHV = expanded_values(out.o_THC, b_HXC.narrow(1, nope_, value_));
