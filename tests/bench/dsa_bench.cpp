@@ -1,5 +1,6 @@
 // dsa_bench SUITE [--json FILE] [--only TEXT] [--quick]      kernels
 // dsa_bench layer [options of layer_bench.cpp]               one decoder layer of the 671B model
+// dsa_bench step RECIPE [options of train_step_bench.cpp]    where a training step goes
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -25,6 +26,7 @@ const Suite kSuites[] = {{"indexer", dsa::bench::run_indexer_suite},
 
 int main(int argc, char** argv) try {
   if (argc > 1 && !std::strcmp(argv[1], "layer")) return dsa::bench::run_layer(argc - 2, argv + 2);
+  if (argc > 1 && !std::strcmp(argv[1], "step")) return dsa::bench::run_train_step(argc - 2, argv + 2);
   dsa::bench::Options options;
   std::string json, suite = argc > 1 ? argv[1] : "";
   for (int i = 2; i < argc; ++i) {
@@ -40,6 +42,7 @@ int main(int argc, char** argv) try {
     std::fprintf(stderr, "usage: dsa_bench SUITE [--json FILE] [--only TEXT] [--quick]   SUITE:");
     for (const Suite& s : kSuites) std::fprintf(stderr, " %s", s.name);
     std::fprintf(stderr, "\n       dsa_bench layer [--json FILE] [--lengths T,...] [--modes dense,warmup,sparse] [--repeats N] [--kernels N]");
+    std::fprintf(stderr, "\n       dsa_bench step RECIPE [--set path=value]... [--steps N] [--kernels N]");
     std::fprintf(stderr, "\n");
     return 2;
   }
