@@ -1,6 +1,7 @@
 // The native side of a program built without CUDA: nothing is supported, so nothing of it is called.
 #include <stdexcept>
 
+#include "kernels/cross_entropy/native.h"
 #include "kernels/grouped_mlp/native.h"
 #include "kernels/indexer_kl/native.h"
 #include "kernels/indexer_topk/native.h"
@@ -54,6 +55,12 @@ reference::SparseMlaGradients sparse_mla_backward(const at::Tensor&, const at::T
 
 bool rope_supports(const at::Tensor&, const at::Tensor&, const RopeTable&, const char** why_not) { return refuse(why_not); }
 void rope(const at::Tensor&, const at::Tensor&, const RopeTable&, RopeLayout, bool) { unreachable(); }
+
+bool vocab_tile_supports(const at::Tensor&, const char** why_not) { return refuse(why_not); }
+void vocab_tile_statistics(const at::Tensor&, const at::Tensor&, int64_t, const at::Tensor&, const at::Tensor&, const at::Tensor&) {
+  unreachable();
+}
+at::Tensor vocab_tile_gradient(const at::Tensor&, const at::Tensor&, int64_t, const at::Tensor&, const at::Tensor&) { unreachable(); }
 
 bool swiglu_supports(const at::Tensor&, const char** why_not) { return refuse(why_not); }
 void swiglu(const at::Tensor&, const at::Tensor&, const at::Tensor&) { unreachable(); }

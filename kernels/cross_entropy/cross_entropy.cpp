@@ -14,14 +14,16 @@
 #include <limits>
 
 #include "kernels/check.h"
+#include "kernels/cross_entropy/native.h"
 #include "kernels/native.h"
 #include "kernels/packed/packed.h"
 
 namespace dsa {
 namespace {
 
-constexpr int64_t kTileRows = 1024;
-constexpr int64_t kTileVocab = 8192;
+// On a CPU the logits of a tile stay in its caches; on a GPU the products are large enough to fill it.
+constexpr int64_t kTileRows = 1024, kTileVocab = 8192;
+constexpr int64_t kTileRowsOfGpu = 4096, kTileVocabOfGpu = 16384;
 
 void check(const at::Tensor& hidden_NH, const at::Tensor& weight_VH, const at::Tensor& target_N, const char* op) {
   require(hidden_NH.dim() == 2 && weight_VH.dim() == 2 && hidden_NH.size(1) == weight_VH.size(1),
@@ -47,13 +49,22 @@ template <typename Body>
 void for_each_tile(const at::Tensor& hidden_NH, const at::Tensor& weight_VH, const Body& body) {
   const auto acc = hidden_NH.is_cuda() ? hidden_NH.scalar_type() : accumulation_type(hidden_NH);
   const int64_t N = hidden_NH.size(0), V = weight_VH.size(0);
-  for (int64_t v = 0; v < V; v += kTileVocab) {
-    const at::Tensor weight = weight_VH.narrow(0, v, std::min(kTileVocab, V - v)).detach().to(acc);
-    for (int64_t n = 0; n < N; n += kTileRows) {
-      const int64_t rows = std::min(kTileRows, N - n);
+  const int64_t tile_rows = hidden_NH.is_cuda() ? kTileRowsOfGpu : kTileRows;
+  const int64_t tile_words = hidden_NH.is_cuda() ? kTileVocabOfGpu : kTileVocab;
+  for (int64_t v = 0; v < V; v += tile_words) {
+    const at::Tensor weight = weight_VH.narrow(0, v, std::min(tile_words, V - v)).detach().to(acc);
+    for (int64_t n = 0; n < N; n += tile_rows) {
+      const int64_t rows = std::min(tile_rows, N - n);
       body(n, rows, v, hidden_NH.narrow(0, n, rows).detach().to(acc), weight);
     }
   }
+}
+
+bool uses_native(const at::Tensor& hidden_NH) {
+  const char* why_not = nullptr;
+  const bool yes = native::vocab_tile_supports(hidden_NH, &why_not);
+  ran("cross_entropy", yes ? "sm90" : std::string("reference (") + why_not + ")");
+  return yes;
 }
 
 }  // namespace
@@ -64,10 +75,16 @@ VocabShardStatistics vocab_shard_statistics(const at::Tensor& hidden_NH, const a
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto options = hidden_NH.options().dtype(accumulation_type(hidden_NH));
   const int64_t N = hidden_NH.size(0);
+  const bool fused = uses_native(hidden_NH);
   VocabShardStatistics out{at::empty({N}, options).fill_(-std::numeric_limits<double>::infinity()),
                            at::zeros({N}, options), at::zeros({N}, options)};
   for_each_tile(hidden_NH, weight_VH, [&](int64_t n, int64_t rows, int64_t v, const at::Tensor& hidden, const at::Tensor& weight) {
     const at::Tensor logits_BX = wide_mm(hidden, weight.t());
+    if (fused) {
+      native::vocab_tile_statistics(logits_BX, target_N.narrow(0, n, rows), offset + v, out.max_N.narrow(0, n, rows),
+                                    out.sum_exp_N.narrow(0, n, rows), out.target_logit_N.narrow(0, n, rows));
+      return;
+    }
     const LocalTarget target = local_target(target_N.narrow(0, n, rows), offset + v, weight.size(0));
     out.target_logit_N.narrow(0, n, rows)
         .add_(logits_BX.gather(1, target.column_B.unsqueeze(1)).squeeze(1).mul_(target.inside_B));
@@ -85,15 +102,21 @@ VocabShardGradients vocab_shard_gradients(const at::Tensor& hidden_NH, const at:
   check(hidden_NH, weight_VH, target_N, "vocab_shard_gradients");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto acc = accumulation_type(hidden_NH);
+  const bool fused = uses_native(hidden_NH);
   VocabShardGradients out{at::zeros(hidden_NH.sizes(), hidden_NH.options().dtype(acc)),
                           at::zeros(weight_VH.sizes(), weight_VH.options())};
   at::Tensor dweight_tile;
   for_each_tile(hidden_NH, weight_VH, [&](int64_t n, int64_t rows, int64_t v, const at::Tensor& hidden, const at::Tensor& weight) {
-    const LocalTarget target = local_target(target_N.narrow(0, n, rows), offset + v, weight.size(0));
-    at::Tensor d_BX = wide_mm(hidden, weight.t()).sub_(lse_N.narrow(0, n, rows).unsqueeze(1)).exp_();
-    d_BX.scatter_add_(1, target.column_B.unsqueeze(1), target.inside_B.to(acc).neg_().unsqueeze(1));
-    d_BX.mul_(grad_N.narrow(0, n, rows).unsqueeze(1));
-    d_BX = d_BX.to(weight.scalar_type());
+    const at::Tensor target_B = target_N.narrow(0, n, rows), lse_B = lse_N.narrow(0, n, rows), grad_B = grad_N.narrow(0, n, rows);
+    at::Tensor d_BX = wide_mm(hidden, weight.t());
+    if (fused) {
+      d_BX = native::vocab_tile_gradient(d_BX, target_B, offset + v, lse_B, grad_B);
+    } else {
+      const LocalTarget target = local_target(target_B, offset + v, weight.size(0));
+      d_BX.sub_(lse_B.unsqueeze(1)).exp_();
+      d_BX.scatter_add_(1, target.column_B.unsqueeze(1), target.inside_B.to(acc).neg_().unsqueeze(1));
+      d_BX = d_BX.mul_(grad_B.unsqueeze(1)).to(weight.scalar_type());
+    }
     out.dhidden_NH.narrow(0, n, rows).add_(wide_mm(d_BX, weight));
     // The rows' parts of a word tile are summed in the accumulation dtype and rounded once.
     if (n == 0) dweight_tile = at::zeros(weight.sizes(), weight.options().dtype(acc));

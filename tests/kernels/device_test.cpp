@@ -328,19 +328,23 @@ TEST_F(DeviceTest, OneNetworkForAllRows) {
 }
 
 TEST_F(DeviceTest, CrossEntropyOfAVocabularyShard) {
-  const int64_t N = 150, M = 64, V = 9000;  // more words than a tile
-  const Pair h({N, M}, 37, gpu_), w({V, M}, 38, gpu_, 0.2);
-  at::Tensor target = at::empty({N}, at::kLong);
-  for (int64_t i = 0; i < N; ++i) target[i] = i % 11 == 0 ? -100 : 100 + (i * 7919) % (2 * V);
-  const VocabShardStatistics got = vocab_shard_statistics(h.device, w.device, target.to(gpu_), 100), expected = vocab_shard_statistics(h.host, w.host, target, 100);
-  const at::Tensor lse = expected.max_N + expected.sum_exp_N.log();
-  EXPECT_LT(relative_distance((got.max_N + got.sum_exp_N.log()).cpu(), lse), 1e-5);
-  EXPECT_LT(relative_distance(got.target_logit_N.cpu(), expected.target_logit_N), 1e-5);
-  const at::Tensor weight = (target >= 0).to(at::kDouble);
-  const VocabShardGradients a = vocab_shard_gradients(h.device, w.device, target.to(gpu_), 100, lse.to(at::kFloat).to(gpu_), weight.to(at::kFloat).to(gpu_));
-  const VocabShardGradients b = vocab_shard_gradients(h.host, w.host, target, 100, lse, weight);
-  EXPECT_LT(relative_l2(a.dhidden_NH, b.dhidden_NH), kBf16);
-  EXPECT_LT(relative_l2(a.dweight_VH, b.dweight_VH), kBf16);
+  for (const auto& [N, V] : {std::pair<int64_t, int64_t>{150, 9000}, {4100, 16390}}) {  // one tile; more rows and words than one
+    const int64_t M = 64;
+    const Pair h({N, M}, 37, gpu_), w({V, M}, 38, gpu_, 0.2);
+    at::Tensor target = at::empty({N}, at::kLong);
+    for (int64_t i = 0; i < N; ++i) target[i] = i % 11 == 0 ? -100 : 100 + (i * 7919) % (2 * V);
+    const VocabShardStatistics got = vocab_shard_statistics(h.device, w.device, target.to(gpu_), 100);
+    const VocabShardStatistics expected = vocab_shard_statistics(h.host, w.host, target, 100);
+    const at::Tensor lse = expected.max_N + expected.sum_exp_N.log();
+    EXPECT_LT(relative_distance((got.max_N + got.sum_exp_N.log()).cpu(), lse), 1e-5) << V;
+    EXPECT_LT(relative_distance(got.target_logit_N.cpu(), expected.target_logit_N), 1e-5) << V;
+    const at::Tensor weight = (target >= 0).to(at::kDouble);
+    const VocabShardGradients a = vocab_shard_gradients(h.device, w.device, target.to(gpu_), 100, lse.to(at::kFloat).to(gpu_),
+                                                        weight.to(at::kFloat).to(gpu_));
+    const VocabShardGradients b = vocab_shard_gradients(h.host, w.host, target, 100, lse, weight);
+    EXPECT_LT(relative_l2(a.dhidden_NH, b.dhidden_NH), kBf16) << V;
+    EXPECT_LT(relative_l2(a.dweight_VH, b.dweight_VH), kBf16) << V;
+  }
 }
 
 // The router runs in fp32 everywhere: the same experts, exactly.
