@@ -1,8 +1,10 @@
 // The dense warm-up in one call against fp64 plain loops from the indexer's inputs to its gradients: loss within 1e-3
-// relative + 1e-5, dq, dw and dk within 2e-3 relative L2 (dI and dI w are rounded to bf16 once each). The oracle's own
-// gradients are held against finite differences.
+// relative + 1e-5, dq, dw and dk within 2e-3 relative L2 (dI and dI w are rounded to bf16 once each), dw of tens of
+// thousands of keys within 3e-3: dI sums to 0, so that what relu(q.k) of all keys have in common leaves roundings only.
+// The oracle's own gradients are held against finite differences.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -62,14 +64,30 @@ struct Problem {
   }
 
   Problem(int64_t rows, int64_t keys, int heads, int indexer_heads, int top_k, IndexerDtype dtype)
-      : rows(rows), keys(keys), heads(heads), indexer_heads(indexer_heads), top_k(top_k), dtype(dtype), q(rows * heads * 192),
-        k(keys * heads * 192), iq(rows * indexer_heads * kDim), ik(keys * kDim), iq8(iq.size()), ik8(ik.size()),
-        w(rows * indexer_heads), lse(rows * heads), weight(rows), begins(bounds(rows, keys, false)), ends(bounds(rows, keys, true)),
-        start(begins), end(ends) {
+      : rows(rows),
+        keys(keys),
+        heads(heads),
+        indexer_heads(indexer_heads),
+        top_k(top_k),
+        dtype(dtype),
+        q(rows * heads * 192),
+        k(keys * heads * 192),
+        iq(rows * indexer_heads * kDim),
+        ik(keys * kDim),
+        iq8(iq.size()),
+        ik8(ik.size()),
+        w(rows * indexer_heads),
+        lse(rows * heads),
+        weight(rows),
+        begins(bounds(rows, keys, false)),
+        ends(bounds(rows, keys, true)),
+        start(begins),
+        end(ends) {
     fill_normal_bf16(q.data(), q.size(), 1);
     fill_normal_bf16(k.data(), k.size(), 2);
     for (int h = 1; h < heads; ++h)
-      cuda::check(cudaMemcpy2D(k.data() + h * 192 + 128, heads * 384, k.data() + 128, heads * 384, 128, keys, cudaMemcpyDeviceToDevice),
+      cuda::check(cudaMemcpy2D(k.data() + h * 192 + 128, heads * 384, k.data() + 128, heads * 384, 128, keys,
+                               cudaMemcpyDeviceToDevice),
                   "repeat the rope part");
     fill_normal_f32(w.data(), w.size(), 3, 0, 0.02f);
     fill_inputs(iq, iq8, 4);
@@ -77,7 +95,8 @@ struct Problem {
     for (int64_t t = 0; t < rows; ++t) weight_h.push_back(t % 5 == 0 ? 0.f : 1.f + t % 3);
     cuda::check(cudaMemcpy(weight.data(), weight_h.data(), rows * 4, cudaMemcpyHostToDevice), "copy weights");
     const std::vector<double> lse_h = reference_lse(params().attention);
-    cuda::check(cudaMemcpy(lse.data(), std::vector<float>(lse_h.begin(), lse_h.end()).data(), rows * heads * 4, cudaMemcpyHostToDevice),
+    cuda::check(cudaMemcpy(lse.data(), std::vector<float>(lse_h.begin(), lse_h.end()).data(), rows * heads * 4,
+                           cudaMemcpyHostToDevice),
                 "copy the log-sum-exp");
     std::vector<int64_t> all(rows);
     for (int64_t t = 0; t < rows; ++t) all[t] = t;
@@ -101,7 +120,8 @@ struct Problem {
     AttentionMassParams& a = p.attention;
     a.queries = rows, a.keys = keys, a.heads = heads, a.scale = 0.12f;
     a.q = q.data(), a.q_stride = heads * 192, a.q_head_stride = 192;
-    a.k = k.data(), a.k_stride = heads * 192, a.k_head_stride = 192, a.k_rope = k.data() + 128, a.k_rope_stride = heads * 192;
+    a.k = k.data(), a.k_stride = heads * 192, a.k_head_stride = 192, a.k_rope = k.data() + 128,
+    a.k_rope_stride = heads * 192;
     a.lse = lse.data(), a.lse_stride = heads, a.lse_head_stride = 1;
     a.start = start.data(), a.end = end.data();
     const bool fp8 = dtype == IndexerDtype::E4M3;
@@ -110,7 +130,8 @@ struct Problem {
     p.scores.k = fp8 ? static_cast<const void*>(ik8.data()) : ik.data(), p.scores.k_stride = kDim;
     p.scores.w = w.data(), p.scores.w_stride = indexer_heads;
     p.gradient.heads = indexer_heads;
-    p.gradient.q = iq.data(), p.gradient.q_stride = indexer_heads * kDim, p.gradient.k = ik.data(), p.gradient.k_stride = kDim;
+    p.gradient.q = iq.data(), p.gradient.q_stride = indexer_heads * kDim, p.gradient.k = ik.data(),
+    p.gradient.k_stride = kDim;
     p.gradient.w = w.data(), p.gradient.w_stride = indexer_heads;
     p.rows.all_heads = heads, p.rows.row_weight = weight.data(), p.rows.loss_scale = 0.25f;
     p.top_k = top_k;
@@ -168,7 +189,7 @@ struct Problem {
 double relative_error(const std::vector<float>& got, const std::vector<double>& want) {
   double error = 0, norm = 0;
   for (size_t i = 0; i < want.size(); ++i) error += (got[i] - want[i]) * (got[i] - want[i]), norm += want[i] * want[i];
-  return std::sqrt(error / norm);
+  return error == 0 ? 0 : std::sqrt(error / norm);
 }
 
 struct Outputs {
@@ -183,11 +204,15 @@ Outputs run(const Problem& problem, int64_t block_rows) {
   dk.fill_bytes(0);
   p.rows.kl = kl.data(), p.rows.recall = recall.data();
   p.gradient.dq = dq.data(), p.gradient.dq_bf16 = false, p.gradient.dw = dw.data(), p.gradient.dk = dk.data();
-  const DeviceArray<uint8_t> workspace(static_cast<int64_t>(indexer_kl_dense_workspace_bytes(p, block_rows)));
+  p.workspace_bytes = indexer_kl_dense_workspace_bytes(p, block_rows);
+  const DeviceArray<uint8_t> workspace(static_cast<int64_t>(p.workspace_bytes) + 64);
   workspace.fill_bytes(0xFF);
-  p.workspace = workspace.data(), p.workspace_bytes = workspace.size();
+  p.workspace = workspace.data();
   launch_indexer_kl_dense_sm90(p);
   cuda::check(cudaDeviceSynchronize(), "run the dense indexer loss");
+  std::array<uint8_t, 64> end;
+  cuda::check(cudaMemcpy(end.data(), workspace.data() + p.workspace_bytes, 64, cudaMemcpyDeviceToHost), "copy");
+  for (const uint8_t x : end) EXPECT_EQ(x, 0xFF) << "written past the end";
   return {kl.host(), recall.host(), dq.host(), dw.host(), dk.host()};
 }
 
@@ -202,12 +227,15 @@ class IndexerKlDense : public testing::Test {
   static void expect_equal(const Problem& problem, const Gradients& want, const Outputs& got) {
     for (int64_t t = 0; t < problem.rows; ++t) {
       EXPECT_NEAR(got.kl[t], want.kl[t], 1e-3 * std::abs(want.kl[t]) + 1e-5) << "row " << t;
-      if (problem.ends[t] - problem.begins[t] <= problem.top_k) EXPECT_NEAR(got.recall[t], 1, 1e-4) << "row " << t;
-      else EXPECT_LT(got.recall[t], 1) << "row " << t;
+      if (problem.ends[t] - problem.begins[t] <= problem.top_k)
+        EXPECT_NEAR(got.recall[t], 1, 1e-4) << "row " << t;
+      else
+        EXPECT_LT(got.recall[t], 1) << "row " << t;
     }
-    const double dq = relative_error(got.dq, want.dq), dw = relative_error(got.dw, want.dw), dk = relative_error(got.dk, want.dk);
+    const double dq = relative_error(got.dq, want.dq), dw = relative_error(got.dw, want.dw),
+                 dk = relative_error(got.dk, want.dk);
     std::printf("relative L2: dq %.2e, dw %.2e, dk %.2e\n", dq, dw, dk);
-    EXPECT_TRUE(dq <= 2e-3 && dw <= 2e-3 && dk <= 2e-3);
+    EXPECT_TRUE(dq <= 2e-3 && dw <= (problem.keys > 8192 ? 3e-3 : 2e-3) && dk <= 2e-3);
   }
 };
 
@@ -223,6 +251,35 @@ TEST_F(IndexerKlDense, LossAndGradients) {
   EXPECT_EQ(whole.dk, again.dk);
   EXPECT_EQ(whole.kl, blocks.kl);
   EXPECT_EQ(whole.recall, blocks.recall);
+}
+
+TEST_F(IndexerKlDense, Lengths) {
+  struct Case {
+    int64_t rows, keys;
+  };
+  for (const Case& c : {Case{1, 1}, Case{127, 127}, Case{128, 128}, Case{129, 129}, Case{40, 4097}, Case{12, 32769}}) {
+    SCOPED_TRACE(c.keys);
+    const Problem problem(c.rows, c.keys, 6, 8, 64, IndexerDtype::BF16);
+    expect_equal(problem, problem.oracle(true), run(problem, 4096));
+  }
+}
+
+TEST_F(IndexerKlDense, NothingAllocatedBesideTheWorkspace) {
+  const Problem problem(600, 700, 6, 8, 128, IndexerDtype::BF16);
+  IndexerKlDenseParams p = problem.params();
+  const DeviceArray<float> dq(600 * 8 * kDim), dw(600 * 8), dk(700 * kDim);
+  p.gradient.dq = dq.data(), p.gradient.dq_bf16 = false, p.gradient.dw = dw.data(), p.gradient.dk = dk.data();
+  p.workspace_bytes = indexer_kl_dense_workspace_bytes(p, 256);
+  const DeviceArray<uint8_t> workspace(static_cast<int64_t>(p.workspace_bytes));
+  p.workspace = workspace.data();
+  size_t before = 0, after = 0, all;
+  for (size_t* const free : {&before, &before, &after}) {  // the first time the kernels are loaded
+    dk.fill_bytes(0);
+    launch_indexer_kl_dense_sm90(p);
+    cuda::check(cudaDeviceSynchronize(), "run the dense indexer loss");
+    cuda::check(cudaMemGetInfo(free, &all), "ask for free memory");
+  }
+  EXPECT_EQ(before, after);
 }
 
 TEST_F(IndexerKlDense, ScoresInE4M3PassTheGradientStraightThrough) {
@@ -242,9 +299,12 @@ TEST_F(IndexerKlDense, OracleAgainstFiniteDifferences) {
     x = before;
     return (up - down) / (2 * h);
   };
-  for (const size_t i : {3u, 700u, 9001u}) EXPECT_NEAR(difference(problem.q_h[i]), want.dq[i], 1e-6 * (1 + std::abs(want.dq[i])));
-  for (const size_t i : {3u, 700u, 9001u}) EXPECT_NEAR(difference(problem.k_h[i]), want.dk[i], 1e-6 * (1 + std::abs(want.dk[i])));
-  for (const size_t i : {5u, 77u, 150u}) EXPECT_NEAR(difference(problem.w_h[i]), want.dw[i], 1e-6 * (1 + std::abs(want.dw[i])));
+  for (const size_t i : {3u, 700u, 9001u})
+    EXPECT_NEAR(difference(problem.q_h[i]), want.dq[i], 1e-6 * (1 + std::abs(want.dq[i])));
+  for (const size_t i : {3u, 700u, 9001u})
+    EXPECT_NEAR(difference(problem.k_h[i]), want.dk[i], 1e-6 * (1 + std::abs(want.dk[i])));
+  for (const size_t i : {5u, 77u, 150u})
+    EXPECT_NEAR(difference(problem.w_h[i]), want.dw[i], 1e-6 * (1 + std::abs(want.dw[i])));
 }
 
 // At the greatest length, blocks of 4096 rows: the formula of the header, and 3 GB.
