@@ -9,12 +9,15 @@
 //    there. The sums of the next row's softmax are made on the way.
 //  * Two add dk to memory. Contributions are integers packed three to a word (packed_sums.cuh), so that their order has
 //    no effect; a key's words leave shared memory in one bulk reduction.
-// Two CTAs share a multiprocessor. Where dk_sum and the keys are too large for the L2 cache, all CTAs keep pace: lists
-// ascend, so all gather and add in one stretch of keys at a time, which stays in the cache.
+// Two CTAs share a multiprocessor. The order of a row's tiles suits the L2 cache. Where rows list the same keys, or
+// dk_sum fits into the cache, every row begins at another tile: additions to one key wait for each other. Otherwise all
+// CTAs keep pace and go through their lists, which ascend, up and down in turns: all gather and add in one stretch of
+// keys at a time, which stays in the cache.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -43,7 +46,7 @@ constexpr int kRowBytes = 4 * kWordsEach * 8;
 constexpr int kMostEntries = 4096;
 constexpr int kWordTiles = 7;           // of 16 keys, on their way from a computing warp to memory
 constexpr int kPaceSteps = 4;           // of a row
-constexpr int64_t kPaceBytes = int64_t{32} << 20;  // of dk_sum: with more, CTAs keep pace
+constexpr int64_t kPaceBytes = int64_t{20} << 20;  // of dk_sum: with more, CTAs may keep pace
 
 // A key's words: its owners are the four lanes that hold it as accumulators, one word of each in turn.
 struct Layout {
@@ -61,10 +64,16 @@ struct Shared {
   alignas(1024) char gradient[kPanelBytes];   // m w of a tile, heads x keys
   alignas(128) char words[kWordTiles][16 * kRowBytes];  // of dk
   uint2 d[kStages][kTile / 2];                // dI of two neighbours: their bf16, and what that leaves of them
-  int key[kStages][kTile];                    // -1: the entry does not count
+  alignas(16) int key[kStages][kTile];        // of entry i at 16 (i % 4) + i / 4; -1: it does not count
   float4 parts[3][2];                         // of the reductions over two warps
   int word_key[kWordTiles][16];               // whose words they are
   uint64_t full[kStages], free[kStages], q_full, words_full[kWordTiles], words_free[kWordTiles];
+};
+
+// Of a launch with a large dk_sum.
+struct Plan {
+  int pace[cuda::Pace::kCounters];
+  int paced;
 };
 
 struct Arguments {
@@ -90,7 +99,7 @@ struct Arguments {
   float* dw;
   cuda::PackedSumsHead* head;
   uint64_t* dk_sum;  // its rows
-  int* pace;    // [Pace::kCounters], null: no pace is kept
+  Plan* plan;   // null: no pace is kept
   float magic;  // 1.5 * 2^23 quanta: adding it rounds to a quantum
 
   __device__ __forceinline__ int length(int64_t t) const {
@@ -101,8 +110,28 @@ struct Arguments {
 
 __device__ __forceinline__ int tiles_of(int length) { return (length + kTile - 1) / kTile; }
 
+// The order of a row's tiles: up, down, or up from somewhere and round.
+struct Order {
+  int turn, first, step, rest;
+
+  __device__ __forceinline__ Order(int64_t t, int tiles, bool paced, bool down) {
+    first = down ? tiles - 1 : 0, step = down ? -1 : 1, turn = tiles;
+    if (!paced) first = static_cast<int>(__umulhi(cuda::odd_hash(static_cast<uint32_t>(t)), tiles)), turn -= first;
+    rest = -turn;
+  }
+  __device__ __forceinline__ int tile(int i) const { return i < turn ? first + step * i : rest + i; }
+};
+
 __device__ __forceinline__ void sync_computing() { cuda::barrier_sync<1, 128>(); }
 __device__ __forceinline__ void sync_gathering() { cuda::barrier_sync<2, 64>(); }
+/// Whether x holds in all threads that gather.
+__device__ __forceinline__ bool sync_gathering_and(bool x) {
+  uint32_t all;
+  asm volatile(
+      "{\n .reg .pred p, q;\n setp.ne.b32 p, %1, 0;\n"
+      "barrier.cta.red.and.pred q, 2, 64, p;\n selp.u32 %0, 1, 0, q;\n}" : "=r"(all) : "r"(uint32_t{x}) : "memory");
+  return all;
+}
 
 using cuda::pack;
 
@@ -156,19 +185,18 @@ struct RowSums {
   int64_t row;
   int length, seen = 0;  // tiles
   Entry next;
-  float most = -INFINITY, sum = 0, count = 0;
+  float most = -FLT_MAX, sum = 0, count = 0;
 
   __device__ __forceinline__ RowSums(const Arguments& a, int64_t t, int entries) : row(t), length(entries) {
     next.load(a, row, threadIdx.x - 128, length);
   }
   __device__ __forceinline__ int tiles() const { return tiles_of(length); }
   __device__ __forceinline__ void see(const Arguments& a, int upto) {
-    while (seen < upto) {
-      if (next.counts(a)) {
-        const float above = fmaxf(most, next.score);
-        sum = sum * expf(most - above) + expf(next.score - above);
-        most = above, count += 1;
-      }
+    for (const int end = min(upto, tiles()); seen < end;) {
+      const bool counts = next.counts(a);
+      const float score = counts ? next.score : -INFINITY, above = fmaxf(most, score);
+      sum = sum * __expf(most - above) + __expf(score - above);
+      most = above, count += counts;
       next.load(a, row, ++seen * kTile + threadIdx.x - 128, length);
     }
   }
@@ -184,21 +212,19 @@ struct RowLoss {
   __device__ __forceinline__ RowLoss(const Arguments& a, S& s, const RowSums& row) {
     const float4 top = reduce(make_float4(row.most, row.count, 0, 0), s.parts[0],
                               [](float4 x, float4 y) { return make_float4(fmaxf(x.x, y.x), x.y + y.y, 0, 0); });
-    const float share = row.most > -INFINITY ? row.sum * expf(row.most - top.x) : 0.f;
+    const float share = row.sum * __expf(row.most - top.x);
     lse = top.x + logf(reduce(make_float4(share, 0, 0, 0), s.parts[1], add4).x);
     learns = top.y > 1;
     scale = learns ? a.loss_scale * (a.row_weight ? __ldg(a.row_weight + row.row) : 1.f) : 0.f;
   }
   __device__ __forceinline__ float differentiate(const Entry& e, bool counts) {
-    if (!counts || !learns) return 0;
-    const float log_pi = e.score - lse, pi = expf(log_pi);
-    if (e.p > 0) {
-      const float log_p = logf(e.p);
-      sums.x = fmaf(e.p, log_p - log_pi, sums.x);
-      sums.y = fmaf(-e.p, log_p, sums.y);
-    }
+    const bool valid = counts && learns;
+    const float log_pi = valid ? e.score - lse : 0.f, pi = valid ? __expf(log_pi) : 0.f, p = valid ? e.p : 0.f;
+    const float normal = p >= FLT_MIN ? p : 0.f, log_p = __logf(normal > 0 ? normal : 1.f);
+    sums.x = fmaf(normal, log_p - log_pi, sums.x);
+    sums.y = fmaf(-normal, log_p, sums.y);
     sums.z = fmaf(-pi, log_pi, sums.z);
-    return scale * (pi - e.p);
+    return scale * (pi - p);
   }
   template <class S>
   __device__ __forceinline__ void report(const Arguments& a, S& s, int64_t t) {
@@ -229,18 +255,25 @@ __device__ void gather_tiles(const Arguments& a, Shared& s) {
   const int thread = threadIdx.x - 128, chunk = thread % 16, first_row = thread / 16;
   const uint32_t to =
       cuda::shared_address(s.keys[0]) + chunk / 8 * kPanelBytes + first_row * 128 + (((chunk & 7) ^ first_row) << 4);
-  const char* const from = a.key + chunk * 16;
+  const uint64_t from = cuda::keep(reinterpret_cast<int64_t>(a.key + chunk * 16));
   const auto key_bytes = static_cast<uint32_t>(a.key_bytes);
-  const uint64_t policy = cache_policy(/*evict_first=*/!a.pace);  // keys give way to sums
+  const bool paced = a.plan && a.plan->paced;
+  const uint64_t policy = cache_policy(/*evict_first=*/!paced);  // keys give way to sums
   int stage = 0;
   uint32_t parity = 0;
-  cuda::Pace pace{a.pace};
+  cuda::Pace pace{a.plan ? a.plan->pace : nullptr};
+  bool down = false;
   RowSums next(a, blockIdx.x, a.length(blockIdx.x));
-  next.see(a, next.tiles());
   for (int t = blockIdx.x; t < a.queries; t += gridDim.x) {
     const int length = next.length, tiles = next.tiles();
-    Entry entry;
-    entry.load(a, t, thread, length);
+    const Order order(t, tiles, paced, paced && down);
+    down = !down;
+    const auto load = [&](Entry& entry, int i) {
+      entry.load(a, t, order.tile(i) * kTile + thread, i < tiles ? length : 0);
+    };
+    Entry even, odd;  // of the next tiles: a load waits long behind the copies
+    load(even, 0), load(odd, 1);
+    next.see(a, tiles);
     RowLoss row(a, s, next);
     const int after = t + gridDim.x, then = after + gridDim.x;
     next = RowSums(a, after, a.length(after));
@@ -253,42 +286,52 @@ __device__ void gather_tiles(const Arguments& a, Shared& s) {
       prefetch(a.indices + then * a.indices_stride, bytes);
       prefetch(a.score + then * a.score_stride, bytes);
     }
-    const bool paced = a.pace && t - blockIdx.x + gridDim.x <= a.queries;  // every CTA has a row
-    int steps = paced ? 0 : kPaceSteps;
-    for (int i = 0; i < tiles; ++i) {
-      if (steps < kPaceSteps && i * kPaceSteps >= steps * tiles) {
+    const bool together = paced && t - blockIdx.x + gridDim.x <= a.queries;  // every CTA has a row
+    int step = together ? 0 : kPaceSteps;
+    const auto gather = [&](int i, Entry& entry) {
+      if (step < kPaceSteps && i * kPaceSteps >= step * tiles) {
         if (thread == 0) pace.begin_step(gridDim.x);
         sync_gathering();
-        ++steps;
+        ++step;
       }
       const bool counts = entry.counts(a);
       const float d = row.differentiate(entry, counts);
       const int own_key = counts ? entry.key : -1;
-      entry.load(a, t, (i + 1) * kTile + thread, length);
+      load(entry, i + 2);
       const __nv_bfloat16 high = __float2bfloat16_rn(d), rest = __float2bfloat16_rn(d - __bfloat162float(high));
       cuda::mbarrier_wait(&s.free[stage], parity ^ 1);
       auto* const to_d = reinterpret_cast<__nv_bfloat16*>(&s.d[stage][thread / 2]) + thread % 2;
       to_d[0] = high, to_d[2] = rest;
-      s.key[stage][thread] = own_key;
-      sync_gathering();
+      s.key[stage][thread % 4 * 16 + thread / 4] = own_key;
+      const bool all_count = sync_gathering_and(counts);
       cuda::mbarrier_arrive(&s.full[stage]);
+      const uint32_t to_even = to + stage * 2 * kPanelBytes, to_odd = to_even ^ 64;
+      const auto copy = [&](int j, int key, bool read) {
+        const uint64_t row = from + uint64_t{key_bytes} * static_cast<uint32_t>(key);
+        cuda::copy16_or_zero((j % 2 ? to_odd : to_even) + j * 512, reinterpret_cast<const void*>(row), read, policy);
+      };
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int key[8];
+      for (int j = 0; j < 16; j += 4) {
+        const int4 keys = *reinterpret_cast<const int4*>(&s.key[stage][first_row * 16 + j]);
+        const int key[4] = {keys.x, keys.y, keys.z, keys.w};
+        if (all_count) {  // without a condition each
 #pragma unroll
-        for (int j = 0; j < 8; ++j) key[j] = s.key[stage][first_row + 4 * (8 * half + j)];
+          for (int n = 0; n < 4; ++n) copy(j + n, key[n], true);
+        } else {
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-          cuda::copy16_or_zero((to ^ (j % 2 * 64)) + stage * 2 * kPanelBytes + (8 * half + j) * 512,
-                      from + uint64_t{key_bytes} * static_cast<uint32_t>(max(key[j], 0)), key[j] >= 0, policy);
+          for (int n = 0; n < 4; ++n) copy(j + n, max(key[n], 0), key[n] >= 0);
+        }
       }
       cuda::mbarrier_arrive_after_copies(&s.full[stage]);
       if (++stage == kStages) stage = 0, parity ^= 1;
-      next.see(a, min(next.tiles(), (i + 1) * next.tiles() / tiles));
+      next.see(a, i + 1);
+    };
+    for (int i = 0; i < tiles; i += 2) {
+      gather(i, even);
+      if (i + 1 < tiles) gather(i + 1, odd);
     }
-    next.see(a, next.tiles());
     if (thread == 0)
-      for (; steps < kPaceSteps; ++steps) pace.begin_step(gridDim.x);
+      for (; step < kPaceSteps; ++step) pace.begin_step(gridDim.x);
     row.report(a, s, t);
   }
 }
@@ -320,12 +363,10 @@ __device__ void add_words(const Arguments& a, Shared& s) {
   const bool elected = elect_one();
   uint32_t at = 2 * half, parity = 0;  // words of the first of the two
   for (int t = blockIdx.x; t < a.queries; t += gridDim.x) {
-    const int tiles = tiles_of(a.length(t));
-    for (int i = 0; i < tiles; ++i) {
+    for (int left = tiles_of(a.length(t)); left > 0; --left) {
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < 2; ++n)
         add_some_words(a, s, (at + n) % kWordTiles, parity ^ (at + n) / kWordTiles, elected);
-      }
       next_words(at, parity);
     }
   }
@@ -382,7 +423,7 @@ __device__ void differentiate(const CUtensorMap* map_q, const Arguments& a, Shar
             x, cuda::operand_along_k(q + i / 4 * kPanelBytes) + 2 * (i % 4),
             cuda::operand_along_k(s.keys[stage] + i / 4 * kPanelBytes) + 2 * (i % 4), i > 0);
       cuda::wgmma_commit();
-      const int own_key = s.key[stage][warp * 16 + lane % 16];
+      const int own_key = s.key[stage][lane % 4 * 16 + warp * 4 + lane % 16 / 4];
       const uint32_t own_weight = own_key >= 0 ? cuda::row_weight(own_key) : 0;
       const uint32_t weight[2] = {__shfl_sync(~0u, own_weight, lane / 4), __shfl_sync(~0u, own_weight, lane / 4 + 8)};
       cuda::wgmma_wait<0>();
@@ -484,6 +525,42 @@ __device__ void differentiate(const CUtensorMap* map_q, const Arguments& a, Shar
   check.leave(a.head);
 }
 
+__host__ __device__ bool large(int64_t keys) { return keys * Layout::kRowWords * 8 > kPaceBytes; }
+
+// Pace is worth keeping where rows that run together list different keys and these are many. Pairs of rows, 128 threads
+// each; keys are compared by 15 bits of them.
+constexpr int kSamples = 8;
+__global__ void __launch_bounds__(128 * kSamples) make_plan(const Arguments a, Plan* plan) {
+  constexpr int kBits = 1 << 15;
+  __shared__ uint32_t listed[kSamples][kBits / 32];
+  __shared__ int listed_twice, compared;
+  __shared__ uint32_t least, most;
+  const int thread = threadIdx.x % 128, sample = threadIdx.x / 128;
+  for (int i = thread; i < kBits / 32; i += 128) listed[sample][i] = 0;
+  if (threadIdx.x == 0) listed_twice = compared = 0, least = ~0u, most = 0;
+  __syncthreads();
+  const int64_t one = (2 * sample + 1) * int64_t{a.queries} / (2 * kSamples);
+  const int64_t other = min(one + 64, int64_t{a.queries} - 1);
+  const int one_length = a.length(one), other_length = a.length(other);
+  for (int i = thread; i < one_length; i += 128) {
+    const uint32_t key = a.indices[one * a.indices_stride + i];
+    atomicOr(&listed[sample][key % kBits / 32], 1u << key % 32);
+  }
+  __syncthreads();
+  int twice = 0;
+  uint32_t first = ~0u, last = 0;
+  for (int i = thread; i < other_length; i += 128) {
+    const uint32_t key = a.indices[other * a.indices_stride + i];
+    twice += listed[sample][key % kBits / 32] >> key % 32 & 1;
+    if (key < static_cast<uint32_t>(a.keys)) first = min(first, key), last = max(last, key);
+  }
+  atomicAdd(&listed_twice, twice), atomicMin(&least, first), atomicMax(&most, last);
+  if (thread == 0) atomicAdd(&compared, other_length);
+  __syncthreads();
+  if (threadIdx.x < cuda::Pace::kCounters) plan->pace[threadIdx.x] = 0;
+  if (threadIdx.x == 0) plan->paced = 5 * listed_twice < 2 * compared && most > least && large(most - least);
+}
+
 __global__ void __launch_bounds__(kThreads, 2)
     sparse_loss(const __grid_constant__ CUtensorMap map_q, const Arguments a) {
   extern __shared__ __align__(1024) char memory[];
@@ -535,7 +612,7 @@ bool sm90_supports(const IndexerKlSparseParams& p, const char** why_not) {
   return true;
 }
 
-size_t indexer_kl_sparse_workspace_bytes() { return cuda::Pace::kCounters * sizeof(int); }
+size_t indexer_kl_sparse_workspace_bytes() { return sizeof(indexer_kl_sparse_sm90::Plan); }
 int64_t indexer_kl_sparse_sum_bytes(int64_t keys) {
   return cuda::packed_sums_bytes<indexer_kl_sparse_sm90::Layout>(keys);
 }
@@ -557,9 +634,6 @@ void launch_indexer_kl_sparse_sm90(const IndexerKlSparseParams& p) {
                                   {kDim, uint64_t(p.heads), uint64_t(p.queries)},
                                   {kDim * 2, uint64_t(p.q_stride) * 2},
                                   {64, kHeads, 1}});
-  int* const pace = p.keys * Layout::kRowWords * 8 > kPaceBytes ? static_cast<int*>(p.workspace) : nullptr;
-  if (pace)
-    cuda::check(cudaMemsetAsync(pace, 0, indexer_kl_sparse_workspace_bytes(), p.stream), "clear the pace of indexer_kl");
   Arguments a{};
   a.queries = static_cast<int>(p.queries), a.keys = static_cast<int>(p.keys), a.heads = p.heads, a.k = p.k;
   a.key = static_cast<const char*>(p.key), a.key_bytes = p.k_stride * 2;
@@ -572,7 +646,13 @@ void launch_indexer_kl_sparse_sm90(const IndexerKlSparseParams& p) {
   a.kl = p.kl, a.entropy_target = p.entropy_target, a.entropy_prediction = p.entropy_prediction;
   a.dq = p.dq, a.dq_bf16 = p.dq_bf16, a.dw = p.dw;
   a.head = cuda::packed_sums_head(p.dk_sum), a.dk_sum = cuda::packed_sums_rows(p.dk_sum);
-  a.pace = pace, a.magic = cuda::magic_of(p.quantum);
+  a.magic = cuda::magic_of(p.quantum);
+  if (large(p.keys)) {
+    auto* const plan = static_cast<Plan*>(p.workspace);
+    make_plan<<<1, 128 * kSamples, 0, p.stream>>>(a, plan);
+    cuda::check(cudaGetLastError(), "launch the plan of indexer_kl");
+    a.plan = plan;
+  }
   constexpr int kBytes = sizeof(Shared);
   static_assert(kBytes <= 113 * 1024);
   cuda::check(cudaFuncSetAttribute(sparse_loss, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),

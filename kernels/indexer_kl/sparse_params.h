@@ -69,14 +69,15 @@ struct IndexerKlSparseParams {
 /// Whether the Hopper kernel takes this input on the current device; otherwise *why_not says what is missing.
 bool sm90_supports(const IndexerKlSparseParams& p, const char** why_not);
 
-/// Bytes that a launch needs beside its inputs and outputs: counters.
+/// Bytes that a launch needs beside its inputs and outputs: counters and what order lists are taken in.
 size_t indexer_kl_sparse_workspace_bytes();
 
 /// Bytes of dk_sum for S keys: 384 a key and a checksum.
 int64_t indexer_kl_sparse_sum_bytes(int64_t keys);
 
 /// Enqueues the kernel. Throws std::runtime_error when sm90_supports refuses or CUDA reports an error.
-/// All outputs have the same bits on every run.
+/// All outputs have the same bits on every run. The last bits of dq and dw depend on a row's place in the call and on the
+/// number of multiprocessors; dk's do not.
 void launch_indexer_kl_sparse_sm90(const IndexerKlSparseParams& p);
 
 /// Writes dk [S,128] contiguous, bf16 or fp32, from finished sums, and a report of them to the device: they hold if it
