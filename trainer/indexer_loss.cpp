@@ -22,7 +22,7 @@
 namespace dsa {
 namespace {
 
-constexpr int64_t kRecallRows = 32;  // rows a context rank measures the sparse stage's recall on
+constexpr int64_t kRecallRows = 32;  // rows a tensor group measures the sparse stage's recall on
 // Of the native path where heads are split over ranks: rows and bytes of a block of mass that is summed over them.
 constexpr int64_t kMassRows = 4096, kMassBytes = int64_t{1} << 30;
 
@@ -64,27 +64,27 @@ void record(const ForwardPass& pass, const std::string& name, int64_t layer, std
   if (pass.recorder) pass.recorder->rows_N[name + "." + std::to_string(layer) + ".rows"] = at::cat(blocks);
 }
 
-// Adds the share of the full attention's mass that the selected keys hold, on evenly spaced rows. Collective.
+// Adds the share of the full attention's mass that the selected keys hold, on evenly spaced rows.
 void measure_recall(const IndexerLossTarget& target, const TopK& selection, const LatentQueries& latent_queries,
                     const at::Tensor& kv_SE, const ForwardPass& pass) {
-  Communicator& tensor = target.mesh.along(Axis::TENSOR);
   LayerReport& report = pass.report.layers[target.layer];
   const TokenBatch& b = pass.batch;
-  const int64_t rows_T = selection.indices_TK.size(0), sampled = std::min(kRecallRows, rows_T);
-  const auto longs = b.start_T.options();
-  const at::Tensor rows = (at::arange(1, sampled + 1, longs) * rows_T).div(sampled, "floor") - 1;
-  const at::Tensor start = b.start_T.index_select(0, rows), end = b.end_T.index_select(0, rows);
+  const int64_t rows_N = selection.indices_TK.size(0), ranks = target.mesh.layout().degrees().tensor;
+  const int64_t sampled = std::min(std::max<int64_t>(kRecallRows / ranks, 1), rows_N);
+  const auto longs = b.start_N.options();
+  const at::Tensor rows = (at::arange(1, sampled + 1, longs) * rows_N).div(sampled, "floor") - 1;
+  const at::Tensor start = b.start_N.index_select(0, rows), end = b.end_N.index_select(0, rows);
   const KeyRange keys = key_range(start, end);
   const at::Tensor q_RHE = latent_queries(rows), kv = kv_SE.narrow(0, keys.first, keys.count);
   at::Tensor s_RHS = wide_mm(q_RHE.flatten(0, 1), kv.t()).view({sampled, -1, keys.count}) * target.scale;
   const at::Tensor key = at::arange(keys.first, keys.first + keys.count, longs).unsqueeze(0);
   const at::Tensor hidden = (key < start.unsqueeze(1)).logical_or(key >= end.unsqueeze(1));
   s_RHS.masked_fill_(hidden.unsqueeze(1), -std::numeric_limits<double>::infinity());
-  const at::Tensor p_RS = tensor.all_reduce(s_RHS.softmax(2).sum(1)) / static_cast<double>(target.all_heads);
+  const at::Tensor p_RS = s_RHS.softmax(2).sum(1) / static_cast<double>(target.all_heads);
   const at::Tensor picked = selection.indices_TK.index_select(0, rows).to(at::kLong);
   const at::Tensor held = p_RS.gather(1, (picked - keys.first).clamp_min(0)) * (picked >= 0);
-  report.recall += total(held) / tensor.size();
-  report.recall_rows += static_cast<double>(sampled) / tensor.size();
+  report.recall += total(held);
+  report.recall_rows += static_cast<double>(sampled);
 }
 
 }  // namespace
@@ -165,29 +165,27 @@ void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection
 }
 
 void sparse_indexer_loss(const IndexerLossTarget& target, const IndexerProjection& projection, const TopK& selection,
-                         const at::Tensor& mass_TK, const LatentQueries& latent_queries, const at::Tensor& kv_SE,
+                         const at::Tensor& mass_NK, const LatentQueries& latent_queries, const at::Tensor& kv_SE,
                          const ForwardPass& pass) {
   const IndexerProjection p{projection.q_NJD.detach(), projection.k_SD.detach(), projection.w_NJ.detach()};
   const bool learns = projection.q_NJD.requires_grad();
   LayerReport& report = pass.report.layers[target.layer];
   const TokenBatch& b = pass.batch;
   const int64_t own = p.q_NJD.size(0);
-  const TopK lists{selection.indices_TK.narrow(0, b.owned_first, own), selection.lengths_T.narrow(0, b.owned_first, own),
-                   selection.scores_TK};
   at::Tensor p_NK;
   {
     const c10::NoGradGuard no_grad;
-    p_NK = target.mesh.along(Axis::TENSOR).reduce_scatter(mass_TK) / static_cast<double>(target.all_heads);
+    p_NK = mass_NK / static_cast<double>(target.all_heads);
     measure_recall(target, selection, latent_queries, kv_SE, pass);
   }
   const native::IndexerInputs inputs{p.q_NJD, p.k_SD, p.w_NJ};
   const char* why_not = "nothing learns";
-  if (learns && native::indexer_kl_sparse_supports(inputs, lists, &why_not)) {
+  if (learns && native::indexer_kl_sparse_supports(inputs, selection, &why_not)) {
     ran("indexer_kl_sparse", "sm90");
     native::IndexerLoss loss;
     {
       const c10::NoGradGuard no_grad;
-      loss = native::indexer_kl_sparse(p_NK, lists, inputs, b.real_N, pass.plan.kl_scale, target.layer);
+      loss = native::indexer_kl_sparse(p_NK, selection, inputs, b.real_N, pass.plan.kl_scale, target.layer);
       report_rows(report, loss.kl_T, loss.entropy_T, b.real_N);
     }
     record(pass, "sparse", target.layer, {loss.kl_T});
@@ -201,7 +199,7 @@ void sparse_indexer_loss(const IndexerLossTarget& target, const IndexerProjectio
     const c10::NoGradGuard no_grad;
     for (int64_t i = 0; i < own; i += pass.plan.query_block) {
       const int64_t n = std::min(pass.plan.query_block, own - i);
-      const at::Tensor q = p.q_NJD.narrow(0, i, n), w = p.w_NJ.narrow(0, i, n), indices = lists.indices_TK.narrow(0, i, n);
+      const at::Tensor q = p.q_NJD.narrow(0, i, n), w = p.w_NJ.narrow(0, i, n), indices = selection.indices_TK.narrow(0, i, n);
       const KlRows kl = indexer_kl(indexer_logits_selected(q, p.k_SD, w, indices), p_NK.narrow(0, i, n), learns);
       const at::Tensor real = b.real_N.narrow(0, i, n);
       report_rows(report, kl.rows_T, kl.entropy_prediction_T, real);

@@ -6,8 +6,8 @@
 //
 // The gradients are accumulated into the indexer's parameters here, when the target is known: in WARMUP while the layer
 // runs forward, in SPARSE while it runs backward, where the probabilities cost nothing. The layer's input and the target are
-// detached, so nothing else depends on them. Nothing of size rows x keys outlives a block of rows. Where the heads of a row
-// are split over tensor ranks, each sums its own heads' probabilities and the sums are added over the ranks.
+// detached, so nothing else depends on them. Nothing of size rows x keys outlives a block of rows. In WARMUP the heads of a
+// row are split over the tensor ranks: each sums its own heads' probabilities and the sums are added over the ranks.
 #pragma once
 
 #include <functional>
@@ -28,11 +28,11 @@ struct IndexerLossTarget {
 void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection& projection, const at::Tensor& q_THD,
                         const at::Tensor& k_SHD, const at::Tensor& lse_TH, const ForwardPass& pass);
 
-// mass_TK: sum over this rank's heads of the probability of each selected key. latent_queries (rows of T, int64 [R] ->
-// q [R,H,E]) and kv_SE serve the recall of the full attention's mass, measured on a few rows.
+// Of the own rows: the selected keys; mass_NK, the sum over all heads of the probability of each; latent_queries (int64 [R]
+// -> q [R,H,E]) and kv_SE serve the recall of the full attention's mass, measured on a few rows.
 using LatentQueries = std::function<at::Tensor(const at::Tensor& rows)>;
 void sparse_indexer_loss(const IndexerLossTarget& target, const IndexerProjection& projection, const TopK& selection,
-                         const at::Tensor& mass_TK, const LatentQueries& latent_queries, const at::Tensor& kv_SE,
+                         const at::Tensor& mass_NK, const LatentQueries& latent_queries, const at::Tensor& kv_SE,
                          const ForwardPass& pass);
 
 }  // namespace dsa

@@ -1,4 +1,4 @@
-// N own rows, T context rows, S stream keys, M hidden, Q latent query, H local heads, D = P nope + R rope,
+// N own rows, T context rows, S stream keys, M hidden, Q latent query, H heads (DENSE: local ones), D = P nope + R rope,
 // V value dim, C latent, E = C + R, K selected keys
 #include "trainer/model/mla.h"
 
@@ -61,12 +61,15 @@ at::Tensor Mla::forward(const at::Tensor& h_NM, const ForwardPass& pass, TopK& s
   if (selects) selection = indexer_->select(indexer, pass);
   if (measures && pass.recorder) indexer_->record(indexer, layer_, pass);
 
+  if (pass.plan.attention == AttentionMode::SPARSE) return attend_sparse(qr_NQ, kv_SE, indexer, pass, selection);
   Communicator& tensor = mesh_.along(Axis::TENSOR);
-  const at::Tensor qr_TQ = gather_rows(qr_NQ, tensor);
-  if (pass.plan.attention == AttentionMode::DENSE)
-    return reduce_scatter_rows(attend_dense(qr_TQ, kv_SE, indexer, pass), tensor);
-  const TopK lists{tensor.all_gather(selection.indices_TK), tensor.all_gather(selection.lengths_T), selection.scores_TK};
-  return reduce_scatter_rows(attend_sparse(qr_TQ, kv_SE, indexer, pass, lists), tensor);
+  return reduce_scatter_rows(attend_dense(gather_rows(qr_NQ, tensor), kv_SE, indexer, pass), tensor);
+}
+
+Mla::WholeMatrices Mla::whole_matrices() const {
+  Communicator& tensor = mesh_.along(Axis::TENSOR);
+  if (tensor.size() == 1) return {q_b_, kv_b_, o_};
+  return {gather_rows(q_b_, tensor), gather_rows(kv_b_, tensor), gather_rows(o_.t().contiguous(), tensor).t()};
 }
 
 at::Tensor Mla::projected_queries(const at::Tensor& qr_RQ, const at::Tensor& q_b) const {
@@ -80,7 +83,7 @@ at::Tensor Mla::queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const Ro
 
 at::Tensor Mla::latent_queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const at::Tensor& kv_b,
                                const RopeTable& rope_R) const {
-  const at::Tensor b_HXC = kv_b.view({heads_, nope_ + value_, latent_});
+  const at::Tensor b_HXC = kv_b.view({all_heads_, nope_ + value_, latent_});
   return absorbed_queries(projected_queries(qr_RQ, q_b), b_HXC.narrow(1, 0, nope_), rope_R);
 }
 
@@ -116,38 +119,40 @@ at::Tensor Mla::attend_dense(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, c
   return at::linear(o_THV.reshape({T, heads_ * value_}), o_);
 }
 
-at::Tensor Mla::attend_sparse(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
+at::Tensor Mla::attend_sparse(const at::Tensor& qr_NQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
                               const ForwardPass& pass, const TopK& selection) const {
-  const int64_t T = qr_TQ.size(0);
+  const int64_t N = qr_NQ.size(0);
   const bool measures = pass.plan.indexer_loss && !pass.first_of_two;
   // The probabilities of the selected keys, the indexer's target, come with the backward pass where there is one.
-  const bool backward_follows = c10::GradMode::is_enabled() && qr_TQ.requires_grad();
+  const bool backward_follows = c10::GradMode::is_enabled() && qr_NQ.requires_grad();
+  const WholeMatrices whole = whole_matrices();
   struct Target {
-    at::Tensor mass_TK;
+    at::Tensor mass_NK;
     int64_t rows = 0;
   };
-  const auto learn = [this, pass, T, indexer, selection, target = std::make_shared<Target>(), qr = qr_TQ.detach(),
-                      kv = kv_SE.detach()](int64_t first, const at::Tensor& mass) {
-    if (first == 0 && mass.size(0) == T) {
-      target->mass_TK = mass;
+  const auto learn = [this, pass, N, indexer, selection, target = std::make_shared<Target>(), qr = qr_NQ.detach(),
+                      kv = kv_SE.detach(), q_b = whole.q_b.detach(), kv_b = whole.kv_b.detach()](int64_t first,
+                                                                                               const at::Tensor& mass) {
+    if (first == 0 && mass.size(0) == N) {
+      target->mass_NK = mass;
     } else {
-      if (!target->mass_TK.defined()) target->mass_TK = at::empty({T, mass.size(1)}, mass.options());
-      target->mass_TK.narrow(0, first, mass.size(0)).copy_(mass);
+      if (!target->mass_NK.defined()) target->mass_NK = at::empty({N, mass.size(1)}, mass.options());
+      target->mass_NK.narrow(0, first, mass.size(0)).copy_(mass);
     }
-    if ((target->rows += mass.size(0)) < T) return;
+    if ((target->rows += mass.size(0)) < N) return;
     const c10::NoGradGuard no_grad;
     const auto latent = [&](const at::Tensor& rows) {
-      const RopeTable& rope = pass.batch.rope_T;
-      return latent_queries(qr.index_select(0, rows), q_b_, kv_b_,
+      const RopeTable& rope = pass.batch.rope_N;
+      return latent_queries(qr.index_select(0, rows), q_b, kv_b,
                             {rope.cos_TR2.index_select(0, rows), rope.sin_TR2.index_select(0, rows)});
     };
-    sparse_indexer_loss({mesh_, layer_, all_heads_, scale_, indexer_->top_k()}, indexer, selection, target->mass_TK, latent,
+    sparse_indexer_loss({mesh_, layer_, all_heads_, scale_, indexer_->top_k()}, indexer, selection, target->mass_NK, latent,
                         kv, pass);
   };
   const auto attend = [this, pass, measures, backward_follows, selection, learn](const Block& block,
                                                                                  const std::vector<at::Tensor>& in) {
     const auto rows = [&](const at::Tensor& x) { return x.narrow(0, block.begin, block.count); };
-    const RopeTable& rope = pass.batch.rope_T;
+    const RopeTable& rope = pass.batch.rope_N;
     const at::Tensor q_RHE = latent_queries(in[0], in[2], in[3], {rows(rope.cos_TR2), rows(rope.sin_TR2)});
     MassReceiver receive;
     if (measures && backward_follows) receive = [learn, first = block.begin](const at::Tensor& mass) { learn(first, mass); };
@@ -155,13 +160,14 @@ at::Tensor Mla::attend_sparse(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, 
                                            pass.plan.query_block, measures && !backward_follows, receive,
                                            (layer_ << 32) + block.index);
     if (out.mass_TK.defined()) learn(block.begin, out.mass_TK);
-    const at::Tensor b_HXC = in[3].view({heads_, nope_ + value_, latent_});
+    const at::Tensor b_HXC = in[3].view({all_heads_, nope_ + value_, latent_});
     const at::Tensor o_RHV = expanded_values(out.o_THC, b_HXC.narrow(1, nope_, value_));
-    return last_linear(block, o_RHV.view({block.count, heads_ * value_}), in[4]);
+    return last_linear(block, o_RHV.view({block.count, all_heads_ * value_}), in[4]);
   };
-  const int64_t bytes = heads_ * (2 * (nope_ + rope_) + 3 * (latent_ + rope_) + 2 * latent_ + 2 * value_) * qr_TQ.element_size();
+  const int64_t bytes =
+      all_heads_ * (2 * (nope_ + rope_) + 3 * (latent_ + rope_) + 2 * latent_ + 2 * value_) * qr_NQ.element_size();
   const int64_t block = std::max<int64_t>(pass.plan.block_bytes / bytes, 1);
-  return blockwise({{qr_TQ, 0}, {kv_SE}, {q_b_}, {kv_b_}, {o_}}, T, block, 0, attend);
+  return blockwise({{qr_NQ, 0}, {kv_SE}, {whole.q_b}, {whole.kv_b}, {whole.o}}, N, block, 0, attend);
 }
 
 }  // namespace dsa

@@ -6,7 +6,10 @@
 //   SPARSE, MQA form:   q~_h = [W_UK,h^T q_nope,h ; q_rope,h]         o_h = W_UV,h sum_{s in S_t} p_s c_s
 //   u = concat_h(o_h) Wo^T
 //
-// Heads are split over the tensor axis, rows over the sequence axes; only latents are gathered (576 a token).
+// Only latents are gathered (576 a token). DENSE: heads are split over the tensor axis, rows over the context axis. SPARSE:
+// rows are split over both, each with all heads, and the matrices are gathered over the tensor axis (0.34 GB a layer of the
+// 671B model, less than a quarter of the rows at 131,072 tokens): gathered keys serve 128 heads, not 16, and a row's
+// probabilities, the indexer's target, are all in one place.
 #pragma once
 
 #include <optional>
@@ -25,12 +28,17 @@ class Mla {
   at::Tensor forward(const at::Tensor& h_NM, const ForwardPass& pass, TopK& selection) const;
 
  private:
-  // Latent queries and keys -> u_TM, this rank's heads' part of the output. Dense attention goes by blocks of heads,
-  // sparse attention by blocks of rows, each from the latent query on.
+  // Latent queries and keys -> u_TM, this rank's heads' part of the output, by blocks of heads.
   at::Tensor attend_dense(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
                           const ForwardPass& pass) const;
-  at::Tensor attend_sparse(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
+  // The same for the own rows and all heads -> u_NM, by blocks of rows.
+  at::Tensor attend_sparse(const at::Tensor& qr_NQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
                            const ForwardPass& pass, const TopK& selection) const;
+  // Of all heads. Differentiable, collective over the tensor group.
+  struct WholeMatrices {
+    at::Tensor q_b, kv_b, o;
+  };
+  WholeMatrices whole_matrices() const;
   // q of some rows and of as many heads as q_b has: not yet rotated; rotated; with W_UK absorbed, [rows, heads, C + R].
   at::Tensor projected_queries(const at::Tensor& qr_RQ, const at::Tensor& q_b) const;
   at::Tensor queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const RopeTable& rope_R) const;

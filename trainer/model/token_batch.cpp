@@ -84,7 +84,6 @@ TokenBatch make_batch(const std::vector<Sample>& samples, const ModelConfig& con
   b.start_T = int64_tensor(start);
   b.end_T = int64_tensor(end);
   b.stream_row_T = int64_tensor(rows);
-  b.owned_first = own.offset;
   b.start_N = b.start_T.narrow(0, own.offset, own.extent);
   b.end_N = b.end_T.narrow(0, own.offset, own.extent);
   b.stream_row_N = b.stream_row_T.narrow(0, own.offset, own.extent);

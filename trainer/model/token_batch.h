@@ -35,9 +35,6 @@ struct TokenBatch {
   // t_{i+d+1}. A target is kNoTarget at the end of a sequence and, with a document mask, of a document.
   std::vector<at::Tensor> inputs_T, targets_T;
 
-  // The rows [first, first+count) of T that this rank owns as N.
-  int64_t owned_first = 0;
-
   void move_to(at::Device device);
 
   // Rows gathered over SEQUENCE, put into stream order.
