@@ -80,8 +80,6 @@ struct Arguments {
   int queries, keys, heads, k;
   const char* key;  // [S,128] bf16
   int64_t key_bytes;
-  const char* q;
-  int64_t q_bytes;
   const float* w;
   int64_t w_stride;
   const int32_t* indices;
@@ -134,12 +132,6 @@ __device__ __forceinline__ bool sync_gathering_and(bool x) {
 }
 
 using cuda::pack;
-
-/// Brings n bytes into the L2 cache, by the gathering warps.
-__device__ __forceinline__ void prefetch(const void* from, int n) {
-  for (int i = threadIdx.x - 128; i * 128 < n; i += 64)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + i * 128));
-}
 
 template <class Combine>
 __device__ __forceinline__ float4 reduce(float4 x, float4* parts, const Combine& combine) {
@@ -275,17 +267,7 @@ __device__ void gather_tiles(const Arguments& a, Shared& s) {
     load(even, 0), load(odd, 1);
     next.see(a, tiles);
     RowLoss row(a, s, next);
-    const int after = t + gridDim.x, then = after + gridDim.x;
-    next = RowSums(a, after, a.length(after));
-    if (after < a.queries) {
-      prefetch(a.p + after * a.p_stride, 4 * next.length);
-      prefetch(a.q + after * a.q_bytes, a.heads * kDim * 2);
-    }
-    if (then < a.queries) {
-      const int bytes = 4 * a.length(then);
-      prefetch(a.indices + then * a.indices_stride, bytes);
-      prefetch(a.score + then * a.score_stride, bytes);
-    }
+    next = RowSums(a, t + gridDim.x, a.length(t + gridDim.x));
     const bool together = paced && t - blockIdx.x + gridDim.x <= a.queries;  // every CTA has a row
     int step = together ? 0 : kPaceSteps;
     const auto gather = [&](int i, Entry& entry) {
@@ -637,7 +619,6 @@ void launch_indexer_kl_sparse_sm90(const IndexerKlSparseParams& p) {
   Arguments a{};
   a.queries = static_cast<int>(p.queries), a.keys = static_cast<int>(p.keys), a.heads = p.heads, a.k = p.k;
   a.key = static_cast<const char*>(p.key), a.key_bytes = p.k_stride * 2;
-  a.q = static_cast<const char*>(p.q), a.q_bytes = p.q_stride * 2;
   a.w = p.w, a.w_stride = p.w_stride;
   a.indices = p.indices, a.indices_stride = p.indices_stride, a.lengths = p.lengths;
   a.score = p.scores, a.score_stride = p.scores_stride;
