@@ -51,17 +51,24 @@ int group_of(const SparseMlaParams& p) { return kHeadBlock >> row_shift(p.heads)
 // Whether contributions may go by way of the workspace.
 bool may_go_by_key(const SparseMlaBackwardParams& p) { return p.keys > p.cached_keys; }
 
+// Whether pairs of groups may go through the kernel of the keys together.
+bool may_pair(const SparseMlaParams& p) { return p.heads <= kHeadBlock; }
+
+// Chunks are multiples of this many groups, so that what is paired does not depend on them.
+int64_t at_once(const SparseMlaParams& p) { return may_pair(p) ? 2 : 1; }
+
 // How a workspace for `lists` CTAs' worth of queries at a time is divided.
 struct Workspace {
   struct Half {
     char* weights;
-    Union lists;
+    Union lists, pairs;
   } half[2];
   __nv_bfloat16* contributions = nullptr;
   Mentions mentions;
   int64_t bytes = 0;
 
   Workspace(const SparseMlaBackwardParams& p, int64_t lists, void* base) {
+    // lists: a multiple of at_once.
     const int64_t group = group_of(p), entries = lists * group * p.k, words = (p.keys + 31) / 32;
     const auto take = [&](auto*& pointer, int64_t size) {
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(reinterpret_cast<uintptr_t>(base) + bytes);
@@ -69,11 +76,14 @@ struct Workspace {
     };
     for (Half& h : half) {
       take(h.weights, entries / kTile * ((p.heads + kHeadBlock - 1) / kHeadBlock) * kWeightBytes);
-      h.lists.group = static_cast<int>(group);
-      if (group == 1) continue;
-      take(h.lists.keys, entries * 4);
-      take(h.lists.places, entries * group * 2);
-      take(h.lists.lengths, lists * 4);
+      const auto take_union = [&](Union& of, int64_t size, int64_t k, int64_t count) {
+        of.group = static_cast<int>(size), of.k = static_cast<int>(k);
+        take(of.keys, entries * 4);
+        take(of.places, entries * size * 2);
+        take(of.lengths, count * 4);
+      };
+      if (group > 1) take_union(h.lists, group, p.k, lists);
+      if (may_pair(p)) take_union(h.pairs, 2, group * p.k, lists / 2);
     }
     if (!may_go_by_key(p)) return;
     take(contributions, entries * kDim * 2);
@@ -89,14 +99,15 @@ struct Workspace {
 // The most lists at a time that the workspace has room for.
 int64_t most_lists(const SparseMlaBackwardParams& p) {
   int64_t fit = 0;
-  for (int64_t step = kMostLists; step > 0; step /= 2)
+  for (int64_t step = kMostLists; step >= at_once(p); step /= 2)
     if (fit + step <= kMostLists && Workspace(p, fit + step, nullptr).bytes <= static_cast<int64_t>(p.workspace_bytes))
       fit += step;
   return fit;
 }
 
-// Multiprocessors, of 132, for the kernel of the keys while both run; measured. Its work depends less on the heads.
-constexpr int kKeyShare = 54, kKeyShareOfOneBlock = 68;
+// Multiprocessors, of 132, for the kernel of the keys while both run; measured. Its work depends less on the heads, and
+// for few of them pairs are taken at once more often than not.
+int key_share(const SparseMlaParams& p) { return !may_pair(p) ? 54 : group_of(p) > 2 ? 52 : 68; }
 
 // A stream beside the caller's and the events between them, for the time of one launch.
 struct SideStream {
@@ -123,8 +134,9 @@ void wait(cudaStream_t stream, cudaEvent_t event) {
 }  // namespace sparse_mla_sm90
 
 size_t sparse_mla_workspace_bytes(const SparseMlaBackwardParams& p, int64_t rows) {
-  const int64_t group = sparse_mla_sm90::group_of(p);
-  return static_cast<size_t>(sparse_mla_sm90::Workspace(p, (rows + group - 1) / group, nullptr).bytes);
+  using namespace sparse_mla_sm90;
+  const int64_t multiple = at_once(p), unit = group_of(p) * multiple;
+  return static_cast<size_t>(Workspace(p, (rows + unit - 1) / unit * multiple, nullptr).bytes);
 }
 
 int64_t sparse_mla_sum_bytes(int64_t keys) { return cuda::packed_sums_bytes<sparse_mla_sm90::SumLayout>(keys); }
@@ -174,17 +186,18 @@ void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p) {
   const Workspace workspace(p, lists, p.workspace);
   if (may_go_by_key(p)) launch_count_named(p, workspace.mentions);
   const int all = cuda::multiprocessors(),
-            for_keys = all * (p.heads > kHeadBlock ? kKeyShare : kKeyShareOfOneBlock) / 132;
+            for_keys = all * key_share(p) / 132;
   const int64_t chunks = (p.queries + rows - 1) / rows;
   for (int64_t i = 0; i < chunks; ++i) {
     const Workspace::Half& half = workspace.half[i % 2];
     Chunk chunk{i * rows, std::min(rows, p.queries - i * rows), half.weights, i == 0 ? all : all - for_keys, half.lists,
-                workspace.contributions, workspace.mentions};
+                half.pairs, workspace.contributions, workspace.mentions};
     if (i >= 2) wait(p.stream, side.used[i % 2]);
     if (group > 1) launch_unite(p, chunk);
     record(side.listed, p.stream);
     wait(side.stream, side.listed);
     if (may_go_by_key(p)) launch_mentions(p, chunk, side.stream);
+    if (may_pair(p)) launch_pair(p, chunk, side.stream);
     launch_queries(p, query_q, query_g, chunk, p.stream);
     record(side.ready, p.stream);
     wait(side.stream, side.ready);

@@ -8,17 +8,18 @@
 #include <cstdint>
 
 #include "kernels/sparse_mla/params.h"
+#include "kernels/sparse_mla/sm90_tile.cuh"
 
 namespace dsa::sparse_mla_sm90 {
 
 constexpr int64_t kWeightBytes = 2 * 64 * 128;  // P, then dS
 
-/// The lists of CTAs that take several queries, see sm90_backward_lists.cu. A CTA takes 64 rows of (query, head): one
-/// query's 64 heads, or 2, 4 or 8 queries, each on 32, 16 or 8 rows.
+/// Several lists as one, see sm90_backward_lists.cu.
 struct Union {
-  int group = 1;                ///< queries of a CTA; 1: no union, the caller's lists
-  int32_t* keys = nullptr;      ///< [groups][group * K]
-  uint16_t* places = nullptr;   ///< [groups][group * K][group], of the key in the query's list; kNowhere: not in it
+  int group = 1;                ///< lists; 1: no union
+  int k = 0;                    ///< entries of a list, at most
+  int32_t* keys = nullptr;      ///< [groups][group * k], -1 after the last to a multiple of kTile
+  uint16_t* places = nullptr;   ///< [groups][group * k][group], of the key in the list; kNowhere: not in it
   int32_t* lengths = nullptr;   ///< [groups]
 };
 constexpr int kNowhere = 0xFFFF;
@@ -41,10 +42,28 @@ struct Chunk {
   int64_t first_row = 0, rows = 0;
   char* weights = nullptr;  // [groups][list entries / 64][head blocks][kWeightBytes]
   int multiprocessors = 0;
+  /// Of CTAs that take several queries: a CTA takes 64 rows of (query, head), one query's 64 heads, or 2, 4 or 8
+  /// queries, each on 32, 16 or 8 rows.
   Union lists;
+  /// Of each two of these (or of the caller's) lists: launch_keys takes them at once, or one by one where the length is
+  /// 0. For at most 64 heads.
+  Union pairs;
   void* contributions = nullptr;  ///< bf16 [groups][list entries][576]; null: there are at most cached_keys keys
   Mentions mentions;
 };
+
+inline Lists own_lists(const SparseMlaParams& p) {
+  return {p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)};
+}
+inline Lists lists_of(const SparseMlaParams& p, const Union& of) {
+  return {of.keys, int64_t{of.group} * of.k, of.lengths, of.group * of.k, static_cast<int>(p.keys)};
+}
+/// The lists that a chunk's groups of queries walk, beginning with first_list.
+inline Lists lists_of(const SparseMlaParams& p, const Chunk& chunk) {
+  return chunk.lists.group > 1 ? lists_of(p, chunk.lists) : own_lists(p);
+}
+inline int64_t first_list(const Chunk& chunk) { return chunk.lists.group > 1 ? 0 : chunk.first_row; }
+inline int64_t groups_of(const Chunk& chunk) { return (chunk.rows + chunk.lists.group - 1) / chunk.lists.group; }
 
 /// Writes marks and named and clears bits, on the caller's stream.
 void launch_count_named(const SparseMlaBackwardParams& p, const Mentions& out);
@@ -52,8 +71,10 @@ void launch_count_named(const SparseMlaBackwardParams& p, const Mentions& out);
 void launch_mentions(const SparseMlaBackwardParams& p, const Chunk& chunk, CUstream_st* stream);
 /// Adds chunk.contributions to dkv_sum then; otherwise launch_keys has done it.
 void launch_sums(const SparseMlaBackwardParams& p, const Chunk& chunk, CUstream_st* stream);
-/// Writes the union of chunk.lists.group queries' lists, on the caller's stream.
+/// Writes chunk.lists, on the caller's stream.
 void launch_unite(const SparseMlaBackwardParams& p, const Chunk& chunk);
+/// Writes chunk.pairs, unless more than cached_keys keys are named.
+void launch_pair(const SparseMlaBackwardParams& p, const Chunk& chunk, CUstream_st* stream);
 /// The maps' boxes span 32 rows of a CTA for the queries, 64 for the keys, 64 columns each.
 void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g,
                     const Chunk& chunk, CUstream_st* stream);

@@ -20,6 +20,13 @@ __device__ __forceinline__ void bulk_add_u64(uint64_t* to, const void* from, uin
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
+/// One lane of a warp, always the same one.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xFFFFFFFF;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected;
+}
+
 /// A cache policy for what is read or written once: it leaves the L2 cache before anything else.
 __device__ __forceinline__ uint64_t evict_first() {
   uint64_t policy;

@@ -7,6 +7,9 @@
 // multiplies, the others make words of what they have (packed_sums.cuh) and hand them to the copy engine, which adds
 // them to global memory. Where the sums of the keys that the lists name do not stay in the caches, contributions go to
 // the workspace instead, rounded to bf16, and sm90_backward_sums.cu adds them.
+//
+// To make and add words costs the same for 128 rows (of query and head) as for 64: where 64 rows hold a query or a
+// group of queries, two neighbours are taken at once if their lists have much in common.
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/packed_sums.cuh"
 #include "kernels/sparse_mla/sm90_backward.h"
@@ -45,48 +48,104 @@ struct Arguments {
   int64_t first_list, first_row, groups;
   int group;  // queries of a CTA: rows of the matrix products are those of all their heads
   const char* weights;
+  int64_t weight_bytes;    // of a list
+  const int32_t* pairs;    // lengths of the lists of two groups, more than 0: another launch takes these; or null
+  const uint32_t* places;  // launched for pairs: of a key in the first list, in the second
   cuda::PackedSumsHead* head;
   uint64_t* table;
   float magic;  // of the quantum, see packed_sums.cuh
   __nv_bfloat16* contributions;  // [groups][lists.k][576]
   const int32_t* named;          // keys that the lists name; of more than cached_keys, the contributions go there
   int cached_keys;
+
+  // Of a list, 0 if another launch takes it.
+  template <bool kByKey>
+  __device__ __forceinline__ int length(int64_t index) const {
+    return !kByKey && pairs && __ldg(pairs + index / 2) > 0 ? 0 : lists.length(first_list + index);
+  }
 };
 
-template <int kBlocks, int kUnits>
-__device__ void load_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, const Arguments& a, Shared<kBlocks>& s) {
+template <int kBlocks>
+__device__ __forceinline__ void load_rows(const CUtensorMap* map_q, const CUtensorMap* map_g, Shared<kBlocks>& s,
+                                          int half, int row, int rows_on, int heads_on, uint64_t once) {
   using S = Shared<kBlocks>;
+  cuda::mbarrier_arrive_expect(&s.q_full, 9 * S::kHeadPanel);
+  for (int b = 0; b < kBlocks; ++b) {
+    const auto load = [&](char* to, const CUtensorMap* map, int column) {
+      cuda::tma_load_3d_once(to + b * kPanelBytes, map, &s.q_full, column, b * heads_on, row + b * rows_on, once);
+    };
+    for (int p = 0; p < 4; ++p) {
+      load(s.g + p * S::kHeadPanel, map_g, half * 256 + p * 64);
+      load(s.q + p * S::kHeadPanel, map_q, half * 256 + p * 64);
+    }
+    load(s.rope, map_q, kLatent + half * 32);
+  }
+}
+
+template <int kBlocks, bool kByKey>
+__device__ void load_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, const Arguments& a, Shared<kBlocks>& s) {
+  constexpr int kUnits = kByKey ? kUnitsByKey : sparse_mla_sm90::kUnits;
   const uint64_t once = cuda::evict_first();
   uint32_t unit = 0, item_parity = 0;
   for (int64_t item = blockIdx.x; item < 2 * a.groups; item += gridDim.x) {
     const int64_t index = item / 2;
-    const int half = item % 2, tiles = tiles_of(a.lists.length(a.first_list + index));
-    const int t = static_cast<int>(a.first_row + index * a.group);
-    if (tiles == 0) continue;
-    const char* from = a.weights + index * (a.lists.k / kTile) * kBlocks * kWeightBytes;
-    const auto load_weights = [&] {
+    const int units = 2 * kBlocks * tiles_of(a.length<kByKey>(index));
+    const char* from = a.weights + index * a.weight_bytes;
+    for (int i = 0; i < units; ++i, ++unit, from += kPanelBytes) {
       const uint32_t at = unit % kUnits;
       cuda::mbarrier_wait(&s.free[at], (unit / kUnits & 1) ^ 1);
       cuda::mbarrier_arrive_expect(&s.full[at], kPanelBytes);
       cuda::bulk_load_once(s.weights(at), from, kPanelBytes, &s.full[at], once);
-      from += kPanelBytes;
-      ++unit;
-    };
-    load_weights();  // while q and do of the item before are still in use
-    cuda::mbarrier_wait(&s.q_free, item_parity ^ 1);
-    item_parity ^= 1;
-    cuda::mbarrier_arrive_expect(&s.q_full, 9 * S::kHeadPanel);
-    for (int b = 0; b < kBlocks; ++b) {
-      const auto load = [&](char* to, const CUtensorMap* map, int column) {
-        cuda::tma_load_3d_once(to + b * kPanelBytes, map, &s.q_full, column, b * kHeadBlock, t, once);
-      };
-      for (int p = 0; p < 4; ++p) {
-        load(s.g + p * S::kHeadPanel, map_g, half * 256 + p * 64);
-        load(s.q + p * S::kHeadPanel, map_q, half * 256 + p * 64);
-      }
-      load(s.rope, map_q, kLatent + half * 32);
+      if (i > 0) continue;
+      cuda::mbarrier_wait(&s.q_free, item_parity ^ 1);  // q and do of the item before are still in use
+      item_parity ^= 1;
+      load_rows(map_q, map_g, s, item % 2, static_cast<int>(a.first_row + index * a.group), 0, kHeadBlock, once);
     }
-    for (int i = 1; i < 2 * kBlocks * tiles; ++i) load_weights();
+  }
+}
+
+// Of pairs: the weights of a tile's keys are gathered from where either group of queries has left them. By a warpgroup.
+__device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, const Arguments& a, Shared<2>& s) {
+  const uint64_t once = cuda::evict_first();
+  const int thread = threadIdx.x - 128 * kWorkers, lane = threadIdx.x % 32, row = thread / 8, chunk = thread % 8;
+  const uint32_t to = row * 128 + ((chunk ^ (row & 7)) << 4);  // and 16 rows further on
+  uint32_t unit = 0, item_parity = 0;
+  for (int item = blockIdx.x; item < 2 * a.groups; item += gridDim.x) {
+    const int64_t index = item / 2;
+    const int tiles = tiles_of(a.length<false>(index));
+    if (tiles == 0) continue;
+    int64_t entry = index * a.lists.stride;  // the tile's first
+    const char* const from = a.weights + 2 * index * a.weight_bytes;
+    // Lane 8i + j has the places of the row that lanes 8i and on copy as their j-th.
+    const auto load_places = [&] { return __ldg(a.places + entry + thread / 8 + 16 * (lane % 4)); };
+    uint32_t next = load_places();
+    for (int tile = 0; tile < tiles; ++tile) {
+      const uint32_t places = next;
+      entry += kTile;
+      if (tile + 1 < tiles) next = load_places();
+#pragma unroll
+      for (int u = 0; u < 4; ++u, ++unit) {
+        const uint32_t at = unit % kUnits, into = cuda::shared_address(s.weights(at)) + to;
+        cuda::mbarrier_wait(&s.free[at], (unit / kUnits & 1) ^ 1);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t both = __shfl_sync(~0u, places, j, 8), p = u < 2 ? both & kNowhere : both >> 16;
+          const bool has = p != kNowhere;
+          const uint32_t offset = (p & ~63u) * 256 + (p & 63) * 128 + ((chunk ^ (p & 7)) << 4);
+          cuda::copy16_or_zero(into + j * 2048,
+                               from + u / 2 * a.weight_bytes + u % 2 * kPanelBytes + (has ? offset : 0), has, once);
+        }
+        cuda::mbarrier_arrive_after_copies(&s.full[at]);
+        if (u > 0 || tile > 0) continue;
+        if (thread < 32) {  // as one: a lane that goes its own way here leaves the warp at half its speed
+          cuda::mbarrier_wait(&s.q_free, item_parity ^ 1);  // q and do of the item before are still in use
+          if (cuda::elect_one())
+            load_rows(map_q, map_g, s, item % 2, static_cast<int>(a.first_row + 2 * index * a.group), a.group, 0, once);
+          __syncwarp();
+        }
+        item_parity ^= 1;
+      }
+    }
   }
 }
 
@@ -187,7 +246,7 @@ struct Contributions {
   }
 };
 
-template <int kBlocks, bool kByKey>
+template <int kBlocks, bool kByKey, bool kPairs>
 __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
   using S = Shared<kBlocks>;
   constexpr int kUnits = kByKey ? kUnitsByKey : sparse_mla_sm90::kUnits;
@@ -202,10 +261,9 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
     else out.template add_words<S::kBuffers>(1, a.table, s.words(threadIdx.x / 32));
   };
   for (int64_t item = blockIdx.x; item < 2 * a.groups; item += gridDim.x) {
-    const int64_t list = a.first_list + item / 2;
-    const int length = a.lists.length(list), jobs = 2 * tiles_of(length);
+    const int length = a.length<kByKey>(item / 2), jobs = 2 * tiles_of(length);
     if (jobs == 0) continue;
-    const int32_t* row = a.lists.indices + list * a.lists.stride;
+    const int32_t* row = a.lists.indices + (a.first_list + item / 2) * a.lists.stride;
     int i = (group + kWorkers - static_cast<int>(jobs_before % kWorkers)) % kWorkers;
     TileEntries next;
     next.load(row, i / 2 * kTile + key_row, length);
@@ -223,12 +281,16 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
                      r = cuda::operand_across_k(s.rope) + columns * 2;
       cuda::mbarrier_wait(&s.full[unit % kUnits], unit / kUnits & 1);
       if (job > 0) cuda::mbarrier_wait(&s.multiplied[group_before], (job - 1) / kWorkers & 1);
+      if constexpr (kPairs) cuda::fence_async_proxy();
       float d[64], rope[8];
       cuda::wgmma_fence();
 #pragma unroll
       for (int u = 0; u < 2 * kBlocks; ++u, ++unit) {  // P and dS of a block of heads, then of the next
         const int first = u / 2 * 4;                   // sixteen heads
-        if (u > 0) cuda::mbarrier_wait(&s.full[unit % kUnits], unit / kUnits & 1);
+        if (u > 0) {
+          cuda::mbarrier_wait(&s.full[unit % kUnits], unit / kUnits & 1);
+          if constexpr (kPairs) cuda::fence_async_proxy();
+        }
         const uint64_t weights = cuda::operand_along_k(s.weights(unit % kUnits));
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -272,17 +334,20 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
   check.leave(a.head);
 }
 
-template <int kBlocks, bool kMayBeByKey>
+enum class Way { kAdd, kMayBeByKey, kPairs };
+
+template <int kBlocks, Way way>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_keys(const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_g,
                   const Arguments a) {
+  constexpr bool kPairs = way == Way::kPairs, kMayBeByKey = way == Way::kMayBeByKey;
   extern __shared__ __align__(1024) char memory[];
   Shared<kBlocks>& s = *reinterpret_cast<Shared<kBlocks>*>(memory);
   if (threadIdx.x == 0) {
     cuda::tma_prefetch_map(&map_q);
     cuda::tma_prefetch_map(&map_g);
     for (int i = 0; i < kUnitsByKey; ++i) {
-      cuda::mbarrier_init(&s.full[i], 1);
+      cuda::mbarrier_init(&s.full[i], kPairs ? 128 : 1);
       cuda::mbarrier_init(&s.free[i], 256);
     }
     for (uint64_t& barrier : s.multiplied) cuda::mbarrier_init(&barrier, 128);
@@ -290,31 +355,35 @@ __global__ void __launch_bounds__(kThreads, 1)
     cuda::mbarrier_init(&s.q_free, 128 * kWorkers);
     cuda::mbarrier_init_fence();
     // By way of shared memory: no load is under way when warps change their registers, and all see the same.
-    s.by_key = kMayBeByKey && __ldg(a.named) > a.cached_keys;
+    s.by_key = a.named && __ldg(a.named) > a.cached_keys;
   }
   __syncthreads();
+  if (kPairs && s.by_key) return;
   if (__shfl_sync(~0u, threadIdx.x / 128, 0) == kWorkers) {
-    cuda::fewer_registers<32>();
-    if (threadIdx.x != 128 * kWorkers) return;
-    if (kMayBeByKey && s.by_key) load_tiles<kBlocks, kUnitsByKey>(&map_q, &map_g, a, s);
-    else load_tiles<kBlocks, kUnits>(&map_q, &map_g, a, s);
+    cuda::fewer_registers<kPairs ? 56 : 32>();
+    if constexpr (kPairs) {
+      gather_tiles(&map_q, &map_g, a, s);
+    } else {
+      if (threadIdx.x != 128 * kWorkers) return;
+      if (kMayBeByKey && s.by_key) load_tiles<kBlocks, true>(&map_q, &map_g, a, s);
+      else load_tiles<kBlocks, false>(&map_q, &map_g, a, s);
+    }
   } else {
-    cuda::more_registers<160>();
-    if (kMayBeByKey && s.by_key) sum_heads<kBlocks, true>(a, s);
-    else sum_heads<kBlocks, false>(a, s);
+    cuda::more_registers<kPairs ? 152 : 160>();
+    if (kMayBeByKey && s.by_key) sum_heads<kBlocks, true, false>(a, s);
+    else sum_heads<kBlocks, false, kPairs>(a, s);
   }
 }
 
-template <int kBlocks, bool kMayBeByKey>
+template <int kBlocks, Way way>
 void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments& a, int multiprocessors,
             cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<kBlocks>);
   static_assert(kBytes <= 227 * 1024);
-  cuda::check(
-      cudaFuncSetAttribute(backward_keys<kBlocks, kMayBeByKey>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-      "reserve shared memory for sparse_mla backward");
+  cuda::check(cudaFuncSetAttribute(backward_keys<kBlocks, way>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+              "reserve shared memory for sparse_mla backward");
   const int64_t items = 2 * a.groups, most = multiprocessors;
-  backward_keys<kBlocks, kMayBeByKey>
+  backward_keys<kBlocks, way>
       <<<static_cast<int>(items < most ? items : most), kThreads, kBytes, stream>>>(map_q, map_g, a);
   cuda::check(cudaGetLastError(), "launch the key sums of sparse_mla backward");
 }
@@ -323,26 +392,32 @@ void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments&
 
 void launch_keys(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g,
                  const Chunk& chunk, cudaStream_t stream) {
-  const int group = chunk.lists.group;
-  Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)},
+  const int blocks = p.heads > kHeadBlock ? 2 : 1;
+  Arguments a{lists_of(p, chunk),
+              first_list(chunk),
               chunk.first_row,
-              chunk.first_row,
-              (chunk.rows + group - 1) / group,
-              group,
+              groups_of(chunk),
+              chunk.lists.group,
               chunk.weights,
+              int64_t{chunk.lists.group} * p.k / kTile * blocks * kWeightBytes,
+              chunk.pairs.lengths,
+              nullptr,
               cuda::packed_sums_head(p.dkv_sum),
               cuda::packed_sums_rows(p.dkv_sum),
               cuda::magic_of(p.quantum),
               static_cast<__nv_bfloat16*>(chunk.contributions),
               chunk.mentions.named,
               p.cached_keys};
-  if (group > 1) {
-    a.lists = {chunk.lists.keys, int64_t{group} * p.k, chunk.lists.lengths, group * p.k, static_cast<int>(p.keys)};
-    a.first_list = 0;
-  }
-  const auto run = p.heads <= kHeadBlock ? chunk.contributions ? launch<1, true> : launch<1, false>
-                                         : chunk.contributions ? launch<2, true> : launch<2, false>;
+  const auto run = blocks == 1 ? chunk.contributions ? launch<1, Way::kMayBeByKey> : launch<1, Way::kAdd>
+                               : chunk.contributions ? launch<2, Way::kMayBeByKey> : launch<2, Way::kAdd>;
   run(map_q, map_g, a, chunk.multiprocessors, stream);
+  if (!chunk.pairs.lengths) return;
+  a.lists = lists_of(p, chunk.pairs);
+  a.first_list = 0;
+  a.pairs = nullptr;
+  a.places = reinterpret_cast<const uint32_t*>(chunk.pairs.places);
+  a.groups = (a.groups + 1) / 2;
+  launch<2, Way::kPairs>(map_q, map_g, a, chunk.multiprocessors, stream);
 }
 
 }  // namespace dsa::sparse_mla_sm90

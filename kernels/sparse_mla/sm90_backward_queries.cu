@@ -319,11 +319,11 @@ void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments&
 void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g,
                     const Chunk& chunk, cudaStream_t stream) {
   const int group = chunk.lists.group;
-  Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)},
-              chunk.first_row,
+  const Arguments a{lists_of(p, chunk),
+              first_list(chunk),
               chunk.first_row,
               chunk.first_row + chunk.rows,
-              (chunk.rows + group - 1) / group,
+              groups_of(chunk),
               p.heads,
               (p.heads + kHeadBlock - 1) / kHeadBlock,
               group,
@@ -340,10 +340,7 @@ void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, 
               chunk.weights,
               static_cast<__nv_bfloat16*>(p.dq),
               p.p_sel};
-  if (group == 1) return launch<false>(map_q, map_g, a, chunk.multiprocessors, stream);
-  a.lists = {chunk.lists.keys, int64_t{group} * p.k, chunk.lists.lengths, group * p.k, static_cast<int>(p.keys)};
-  a.first_list = 0;
-  launch<true>(map_q, map_g, a, chunk.multiprocessors, stream);
+  (group > 1 ? launch<true> : launch<false>)(map_q, map_g, a, chunk.multiprocessors, stream);
 }
 
 }  // namespace dsa::sparse_mla_sm90

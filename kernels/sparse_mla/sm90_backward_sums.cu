@@ -214,16 +214,9 @@ __global__ void __launch_bounds__(kThreads, 4) sum_mentions(const Arguments a) {
 }
 
 Arguments arguments(const SparseMlaBackwardParams& p, const Chunk& chunk) {
-  const int group = chunk.lists.group;
-  Arguments a{{p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)}, chunk.first_row,
-              static_cast<int>((chunk.rows + group - 1) / group), chunk.mentions.stride, chunk.mentions,
-              static_cast<const __nv_bfloat16*>(chunk.contributions), cuda::packed_sums_head(p.dkv_sum),
-              cuda::packed_sums_rows(p.dkv_sum), cuda::magic_of(p.quantum), p.cached_keys};
-  if (group > 1) {
-    a.lists = {chunk.lists.keys, int64_t{group} * p.k, chunk.lists.lengths, group * p.k, static_cast<int>(p.keys)};
-    a.first_list = 0;
-  }
-  return a;
+  return {lists_of(p, chunk), first_list(chunk), static_cast<int>(groups_of(chunk)), chunk.mentions.stride,
+          chunk.mentions, static_cast<const __nv_bfloat16*>(chunk.contributions), cuda::packed_sums_head(p.dkv_sum),
+          cuda::packed_sums_rows(p.dkv_sum), cuda::magic_of(p.quantum), p.cached_keys};
 }
 
 int64_t words_of(const SparseMlaParams& p) { return (p.keys + 31) / 32; }
@@ -238,7 +231,7 @@ void launch_count_named(const SparseMlaBackwardParams& p, const Mentions& out) {
   cuda::check(cudaMemsetAsync(out.named, 0, sizeof(int32_t), p.stream), "clear the count of keys");
   const int64_t sample = std::min<int64_t>(p.queries, kNamingQueries);
   mark_keys<<<static_cast<unsigned>(sample), kThreads, 0, p.stream>>>(
-      {p.indices, p.indices_stride, p.lengths, p.k, static_cast<int>(p.keys)}, p.queries - sample, out.marks);
+      own_lists(p), p.queries - sample, out.marks);
   cuda::check(cudaGetLastError(), "launch the marks of sparse_mla backward");
   count_marks<<<static_cast<unsigned>((words + kThreads - 1) / kThreads), kThreads, 0, p.stream>>>(out.marks, words,
                                                                                                    out.named);
