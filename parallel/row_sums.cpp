@@ -73,11 +73,11 @@ CUstream_st* current_stream(const at::Tensor& x) {
   const auto* guard = c10::impl::getDeviceGuardImpl(x.device().type());
   return static_cast<CUstream_st*>(guard->getStreamNativeHandle(guard->getStream(x.device())));
 }
-#endif
-
+#else
 [[noreturn]] void without_cuda() {
-  throw std::logic_error("rows on a GPU (this program was built without CUDA) build it where nvcc is found");
+  throw std::logic_error("cannot add rows on a GPU (this program was built without CUDA) build it where nvcc is found");
 }
+#endif
 
 }  // namespace
 

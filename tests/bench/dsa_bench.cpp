@@ -41,7 +41,8 @@ int main(int argc, char** argv) try {
   if (!chosen) {
     std::fprintf(stderr, "usage: dsa_bench SUITE [--json FILE] [--only TEXT] [--quick]   SUITE:");
     for (const Suite& s : kSuites) std::fprintf(stderr, " %s", s.name);
-    std::fprintf(stderr, "\n       dsa_bench layer [--json FILE] [--lengths T,...] [--modes dense,warmup,sparse] [--repeats N] [--kernels N]");
+    std::fprintf(stderr, "\n       dsa_bench layer [--json FILE] [--lengths T,...] [--modes dense,warmup,sparse] [--repeats N]"
+                         " [--kernels N] [--split context|tensor] [--ffn dense|experts]");
     std::fprintf(stderr, "\n       dsa_bench step RECIPE [--set path=value]... [--steps N] [--kernels N]");
     std::fprintf(stderr, "\n");
     return 2;

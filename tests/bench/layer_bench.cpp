@@ -161,7 +161,8 @@ int run_layer(int argc, char** argv) {
   std::string json, split_by = "context", ffn = "dense", lengths = "4096,8192,16384,32768,65536,131072", modes = "dense,warmup,sparse";
   int repeats = 3;
   size_t kernels = 0;
-  for (int i = 0; i + 1 < argc; i += 2) {
+  for (int i = 0; i < argc; i += 2) {
+    if (i + 1 == argc) throw std::invalid_argument(std::string("no value (") + argv[i] + " is the last argument) give one");
     if (!std::strcmp(argv[i], "--json")) json = argv[i + 1];
     else if (!std::strcmp(argv[i], "--lengths")) lengths = argv[i + 1];
     else if (!std::strcmp(argv[i], "--modes")) modes = argv[i + 1];
@@ -169,8 +170,11 @@ int run_layer(int argc, char** argv) {
     else if (!std::strcmp(argv[i], "--split")) split_by = argv[i + 1];
     else if (!std::strcmp(argv[i], "--ffn")) ffn = argv[i + 1];
     else if (!std::strcmp(argv[i], "--kernels")) kernels = std::stoul(argv[i + 1]);
-    else throw std::invalid_argument(std::string("unknown option ") + argv[i] + " (see the head of tests/bench/layer_bench.cpp)");
+    else throw std::invalid_argument(std::string("unknown option (") + argv[i] + ") see the head of tests/bench/layer_bench.cpp");
   }
+  if (split_by != "context" && split_by != "tensor")
+    throw std::invalid_argument("unknown split (" + split_by + ") take context or tensor");
+  if (ffn != "dense" && ffn != "experts") throw std::invalid_argument("unknown ffn (" + ffn + ") take dense or experts");
   if (visible_gpus() == 0) {
     std::puts("no CUDA device");
     return 0;

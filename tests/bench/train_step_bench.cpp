@@ -1,7 +1,7 @@
 // dsa_bench step RECIPE [--set path=value]... [--steps N] [--kernels N]
 //
-// Where a training step goes: N steps (default 8) of the recipe on one GPU; then the device time of the next one by kernel,
-// and the share of it in which no kernel ran (wall clock of the step before, less the sum). Nothing is saved.
+// Where a training step goes: N steps (default 8) of the recipe on one GPU by the clock; then the device time of the next one
+// by kernel. Kernels that run side by side count twice, so the sum can be more than the step. No checkpoint is written.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -20,12 +20,13 @@ int run_train_step(int argc, char** argv) {
   std::vector<std::string> sets{"checkpoint.every=1000000", "run.eval_every=0", "run.folder=runs/dsa_bench_step"};
   int steps = 8;
   size_t kernels = 25;
-  if (argc < 1) throw std::invalid_argument("no recipe (dsa_bench step RECIPE) name one");
-  for (int i = 1; i + 1 < argc; i += 2) {
+  if (argc < 1) throw std::invalid_argument("no recipe (usage: dsa_bench step RECIPE [options]) name one");
+  for (int i = 1; i < argc; i += 2) {
+    if (i + 1 == argc) throw std::invalid_argument(std::string("no value (") + argv[i] + " is the last argument) give one");
     if (!std::strcmp(argv[i], "--set")) sets.push_back(argv[i + 1]);
     else if (!std::strcmp(argv[i], "--steps")) steps = std::atoi(argv[i + 1]);
     else if (!std::strcmp(argv[i], "--kernels")) kernels = std::stoul(argv[i + 1]);
-    else throw std::invalid_argument(std::string("unknown option ") + argv[i] + " (see the head of tests/bench/train_step_bench.cpp)");
+    else throw std::invalid_argument(std::string("unknown option (") + argv[i] + ") take --set, --steps or --kernels");
   }
   if (visible_gpus() == 0) {
     std::puts("no CUDA device");
