@@ -1,6 +1,6 @@
 // Exact selection of the k best scores of each row; see params.h for the order.
 //
-// One block of threads takes one row. A row of at most kResident scores stays in registers. A longer one is read once,
+// One block of threads takes one row (a warp does where rows are narrow, sm90_narrow.cu). A row of at most kResident scores stays in registers. A longer one is read once,
 // in order: scores above a threshold go to a buffer in shared memory, and whenever the buffer is full it is cut to its
 // k best, which raises the threshold. What is dropped is never among the k best: at least k scores above it, or equal
 // to it and earlier, are in the buffer (equals are kept by index). A sample of the row gives the first threshold; if
@@ -19,6 +19,8 @@
 
 #include "kernels/cuda/check.h"
 #include "kernels/topk_select/params.h"
+#include "kernels/topk_select/sm90_key.cuh"
+#include "kernels/topk_select/sm90_narrow.h"
 
 namespace dsa {
 namespace topk_select_sm90 {
@@ -58,17 +60,6 @@ struct Shared {
 
 extern __shared__ __align__(16) unsigned char memory[];  // Shared, then the candidates, whose place the output takes on its way
 __device__ __forceinline__ Shared& shared() { return *reinterpret_cast<Shared*>(memory); }
-
-// Unsigned keys of the same order; +0 and -0 share one.
-__device__ __forceinline__ uint32_t key_of(float x) {
-  const uint32_t b = __float_as_uint(x + 0.f);
-  return b & 0x80000000u ? ~b : b | 0x80000000u;
-}
-// The greatest score of a key not above this one: no score has the key just below zero's, which -0 would have.
-__device__ __forceinline__ float score_of(uint32_t key) {
-  if (key == 0x7FFFFFFFu) --key;
-  return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
-}
 
 // Take every score above `edge` and, of those equal to it, the ones of index below `index_end`.
 struct Cut {
@@ -741,6 +732,7 @@ void launch_topk_select_sm90(const TopKSelectParams& p) {
   if (!sm90_supports(p, &why))
     throw std::runtime_error(std::string("cannot run topk_select for Hopper (") + why + ") choose another implementation");
   if (p.rows == 0) return;
+  if (p.columns > 0 && p.columns <= kNarrow) return launch_narrow(p);
   const bool is_long = p.columns > kResident;
   const int capacity = p.k <= 2048 ? 4096 : 8192;  // at least k + what one warp may add at once (512)
   const int bytes = static_cast<int>(sizeof(Shared)) + (is_long ? capacity * 8 : p.k * (p.scores ? 8 : 4));

@@ -93,6 +93,20 @@ TEST_F(TopKSelect, ThousandRowsWithRanges) {
   expect_equal(random_rows(rows * columns, 17), rows, columns, columns, 2048, starts, ends, "ranges");
 }
 
+TEST_F(TopKSelect, NarrowRows) {
+  for (const int k : {1, 4, 8, 31, 64, 300, 4096})
+    for (const int64_t n : {1, 2, 8, 31, 32, 33, 160, 255, 256, 257, 384, 511, 512, 513})
+      expect_equal(random_rows(3 + 77 * (n + 2), n + k), 77, n, n + 2, k, {}, {}, "narrow", n % 4);
+  const int64_t rows = 5000, columns = 256;
+  std::mt19937 random(4);
+  std::vector<int32_t> starts(rows), ends(rows);
+  for (int64_t t = 0; t < rows; ++t) {
+    starts[t] = static_cast<int32_t>(random() % 300) - 20;
+    ends[t] = starts[t] + static_cast<int32_t>(random() % 280) - 10;
+  }
+  expect_equal(random_rows(rows * columns, 18), rows, columns, columns, 8, starts, ends, "narrow ranges");
+}
+
 TEST_F(TopKSelect, AdversarialRows) {
   std::mt19937 random(7);
   const auto uniform = [&] { return std::uniform_real_distribution<float>(0, 1)(random); };
@@ -128,9 +142,9 @@ TEST_F(TopKSelect, AdversarialRows) {
       {"high in one stretch", [&](int64_t i, int64_t n) { return i > n / 2 && i < n / 2 + 1500 ? 10 + uniform() : uniform(); }},
   };
   for (const Kind& kind : kinds)
-    for (const int64_t n : {5000, 8190, 20001, 140000})
-      for (const int k : {64, 2048, 4096}) {
-        const int64_t rows = 2;
+    for (const int64_t n : {5, 32, 200, 257, 512, 5000, 8190, 20001, 140000})
+      for (const int k : n > 512 ? std::vector{64, 2048, 4096} : std::vector{1, 8, 64}) {
+        const int64_t rows = n > 512 ? 2 : 50;
         std::vector<float> scores(rows * n);
         for (int64_t i = 0; i < rows * n; ++i) scores[i] = kind.value(i % n, n);
         expect_equal(scores, rows, n, n, k, {}, {}, kind.name);
