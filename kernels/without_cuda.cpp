@@ -33,14 +33,6 @@ IndexerLoss indexer_kl_dense(const at::Tensor&, const at::Tensor&, const at::Ten
                              const at::Tensor&, int64_t, const at::Tensor&, double, bool) {
   unreachable();
 }
-at::Tensor attention_mass(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                          double) {
-  unreachable();
-}
-IndexerLoss indexer_kl_of_mass(const at::Tensor&, int64_t, const IndexerInputs&, const at::Tensor&, const at::Tensor&,
-                               int64_t, const at::Tensor&, double, bool) {
-  unreachable();
-}
 bool indexer_kl_sparse_supports(const IndexerInputs&, const TopK&, const char** why_not) { return refuse(why_not); }
 IndexerLoss indexer_kl_sparse(const at::Tensor&, const TopK&, const IndexerInputs&, const at::Tensor&, double, int64_t) { unreachable(); }
 

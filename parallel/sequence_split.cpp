@@ -1,5 +1,7 @@
 #include "parallel/sequence_split.h"
 
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -11,57 +13,42 @@ SequenceSplit::SequenceSplit(int64_t batch, int64_t length, int context_degree, 
     throw std::invalid_argument("cannot split " + std::to_string(batch) + " sequences of " + std::to_string(length) +
                                 " positions over context " + std::to_string(context_degree) + " x tensor " +
                                 std::to_string(tensor_degree) + " (each is 1 or more) correct the recipe");
-  if (context_ > 1 && length_ % (2 * context_) != 0) {
-    const int64_t unit = 2 * context_, lower = length_ / unit * unit;
+  const int64_t unit = 2 * ranks();
+  if (ranks() > 1 && length_ % unit != 0) {
+    const int64_t lower = length_ / unit * unit;
     throw std::invalid_argument("cannot split sequences of " + std::to_string(length_) + " over context " +
-                                std::to_string(context_) + " (each rank owns 2 of " + std::to_string(unit) +
-                                " equal chunks) use a length of " + (lower > 0 ? std::to_string(lower) + " or " : "") +
-                                std::to_string(lower + unit) + ", or another context degree");
-  }
-  if (context_rows() % tensor_ != 0) {
-    std::string legal;
-    for (int t = 1; t <= tensor_; ++t)
-      if (context_rows() % t == 0) legal += (legal.empty() ? "" : ", ") + std::to_string(t);
-    throw std::invalid_argument("cannot split " + std::to_string(context_rows()) + " rows over tensor " +
-                                std::to_string(tensor_) + " (batch x length / context must be a multiple of it) use " +
-                                legal + ", or another length");
+                                std::to_string(context_) + " x tensor " + std::to_string(tensor_) +
+                                " (each rank owns 2 of " + std::to_string(unit) + " equal chunks) use a length of " +
+                                (lower > 0 ? std::to_string(lower) + " or " : "") + std::to_string(lower + unit) +
+                                ", or other degrees");
   }
 }
 
-std::vector<int64_t> SequenceSplit::natural_rows(int context) const {
+std::vector<int64_t> SequenceSplit::natural_rows(int context, int tensor) const {
   std::vector<int64_t> rows;
-  rows.reserve(context_rows());
-  const int64_t chunk = length_ / (2 * context_);
+  rows.reserve(own_rows());
+  const int64_t rank = int64_t{context} * tensor_ + tensor, mirror = 2 * ranks() - 1 - rank, chunk = length_ / (2 * ranks());
   for (int64_t b = 0; b < batch_; ++b) {
-    auto append = [&](int64_t begin, int64_t end) {
+    const auto append = [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) rows.push_back(b * length_ + t);
     };
-    if (context_ == 1) {
+    if (ranks() == 1) {
       append(0, length_);
     } else {
-      const int64_t mirror = 2 * context_ - 1 - context;
-      append(context * chunk, (context + 1) * chunk);
+      append(rank * chunk, (rank + 1) * chunk);
       append(mirror * chunk, (mirror + 1) * chunk);
     }
   }
   return rows;
 }
 
-std::vector<int64_t> SequenceSplit::natural_rows(int context, int tensor) const {
-  const std::vector<int64_t> rows = natural_rows(context);
-  const Rows own = own_range(tensor);
-  return {rows.begin() + own.offset, rows.begin() + own.end()};
-}
-
-std::vector<int64_t> SequenceSplit::positions(int context) const {
-  std::vector<int64_t> rows = natural_rows(context);
-  for (int64_t& row : rows) row %= length_;
-  return rows;
-}
-
-std::vector<int64_t> SequenceSplit::positions(int context, int tensor) const {
-  std::vector<int64_t> rows = natural_rows(context, tensor);
-  for (int64_t& row : rows) row %= length_;
+std::vector<int64_t> SequenceSplit::natural_rows(int context) const {
+  std::vector<int64_t> rows;
+  rows.reserve(context_rows());
+  for (int t = 0; t < tensor_; ++t) {
+    const std::vector<int64_t> own = natural_rows(context, t);
+    rows.insert(rows.end(), own.begin(), own.end());
+  }
   return rows;
 }
 
@@ -75,10 +62,13 @@ std::vector<int64_t> SequenceSplit::gathered_from_natural() const {
   return order;
 }
 
-std::vector<int64_t> SequenceSplit::natural_from_gathered() const {
-  const std::vector<int64_t> natural = gathered_from_natural();
-  std::vector<int64_t> order(natural.size());
-  for (size_t gathered = 0; gathered < natural.size(); ++gathered) order[natural[gathered]] = gathered;
+std::vector<int64_t> SequenceSplit::natural_from_gathered() const { return ascending_order(gathered_from_natural()); }
+
+std::vector<int64_t> ascending_order(const std::vector<int64_t>& rows) {
+  std::vector<int64_t> place(rows.empty() ? 0 : 1 + *std::max_element(rows.begin(), rows.end()), -1), order;
+  order.reserve(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) place[rows[i]] = static_cast<int64_t>(i);
+  std::copy_if(place.begin(), place.end(), std::back_inserter(order), [](int64_t i) { return i >= 0; });
   return order;
 }
 

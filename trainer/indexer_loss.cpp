@@ -1,4 +1,4 @@
-// N own rows, T context rows, B rows of a block, S stream keys, H local heads, J indexer heads, K selected keys
+// N own rows, B rows of a block, S stream keys, H heads, J indexer heads, K selected keys
 #include "trainer/indexer_loss.h"
 
 #include <ATen/TensorOperators.h>
@@ -23,8 +23,6 @@ namespace dsa {
 namespace {
 
 constexpr int64_t kRecallRows = 32;  // rows a tensor group measures the sparse stage's recall on
-// Of the native path where heads are split over ranks: rows and bytes of a block of mass that is summed over them.
-constexpr int64_t kMassRows = 4096, kMassBytes = int64_t{1} << 30;
 
 double total(const at::Tensor& x) { return x.to(at::kDouble).sum().item<double>(); }
 
@@ -89,22 +87,20 @@ void measure_recall(const IndexerLossTarget& target, const TopK& selection, cons
 
 }  // namespace
 
-void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection& projection, const at::Tensor& q_THD,
-                        const at::Tensor& k_SHD, const at::Tensor& lse_TH, const ForwardPass& pass) {
+void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection& projection, const at::Tensor& q_NHD,
+                        const at::Tensor& k_SHD, const at::Tensor& lse_NH, const ForwardPass& pass) {
   const IndexerProjection p{projection.q_NJD.detach(), projection.k_SD.detach(), projection.w_NJ.detach()};
   const bool learns = projection.q_NJD.requires_grad();
   LayerReport& report = pass.report.layers[target.layer];
-  Communicator& tensor = target.mesh.along(Axis::TENSOR);
   const TokenBatch& b = pass.batch;
   const native::IndexerInputs inputs{p.q_NJD, p.k_SD, p.w_NJ};
   const char* why_not = nullptr;
-  const bool native_kernels = native::indexer_kl_dense_supports(q_THD, inputs, &why_not);
-  ran("indexer_kl_dense", native_kernels ? "sm90" : std::string("reference (") + why_not + ")");
-  if (native_kernels && tensor.size() == 1) {
+  if (native::indexer_kl_dense_supports(q_NHD, inputs, &why_not)) {
+    ran("indexer_kl_dense", "sm90");
     native::IndexerLoss loss;
     {
       const c10::NoGradGuard no_grad;
-      loss = native::indexer_kl_dense(q_THD, k_SHD, lse_TH, target.scale, inputs, b.start_N, b.end_N, target.top_k, b.real_N,
+      loss = native::indexer_kl_dense(q_NHD, k_SHD, lse_NH, target.scale, inputs, b.start_N, b.end_N, target.top_k, b.real_N,
                                       pass.plan.kl_scale, learns);
       report_rows(report, loss.kl_T, loss.entropy_T, b.real_N);
       report.recall += total(loss.recall_T * b.real_N);
@@ -114,50 +110,29 @@ void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection
     if (learns) project_back(projection, loss.gradients.dq_TJD, loss.gradients.dk_SD, loss.gradients.dw_TJ);
     return;
   }
+  ran("indexer_kl_dense", std::string("reference (") + why_not + ")");
   ProjectionGradient gradient(projection);
   const int64_t own = p.q_NJD.size(0);
-  const int64_t most = native_kernels ? std::min(kMassRows, kMassBytes / (4 * k_SHD.size(0))) : pass.plan.query_block;
-  const int64_t step = std::max<int64_t>(most / tensor.size(), 1);
   std::vector<at::Tensor> recorded;
   {
     const c10::NoGradGuard no_grad;
-    for (int64_t i = 0; i < own; i += step) {
-      const int64_t n = std::min(step, own - i);
-      // The same n rows of every tensor rank: each holds some heads of all of them, and owns n for the indexer.
-      std::vector<at::Tensor> parts;
-      for (int64_t r = 0; r < tensor.size(); ++r) parts.push_back(at::arange(r * own + i, r * own + i + n, b.start_T.options()));
-      const at::Tensor rows = at::cat(parts);
-      const at::Tensor start = b.start_T.index_select(0, rows), end = b.end_T.index_select(0, rows);
-      const KeyRange keys = key_range(start, end);
-      const auto sum_of_heads = native_kernels ? native::attention_mass : attention_mass;
-      const at::Tensor mass_BS = tensor.reduce_scatter(
-          sum_of_heads(q_THD.index_select(0, rows), k_SHD.narrow(0, keys.first, keys.count),
-                       lse_TH.index_select(0, rows), start - keys.first, end - keys.first, target.scale));
-
-      const at::Tensor start_B = b.start_N.narrow(0, i, n) - keys.first, end_B = b.end_N.narrow(0, i, n) - keys.first;
-      const at::Tensor q = p.q_NJD.narrow(0, i, n), w = p.w_NJ.narrow(0, i, n), real = b.real_N.narrow(0, i, n);
-      const at::Tensor k = p.k_SD.narrow(0, keys.first, keys.count);
-      if (native_kernels) {
-        const native::IndexerLoss loss =
-            native::indexer_kl_of_mass(mass_BS, target.all_heads, {q, k, w}, start_B, end_B, target.top_k, real,
-                                       pass.plan.kl_scale, learns);
-        report_rows(report, loss.kl_T, loss.entropy_T, real);
-        report.recall += total(loss.recall_T * real);
-        report.recall_rows += total(real);
-        recorded.push_back(loss.kl_T);
-        if (learns) gradient.add(loss.gradients, i, n, keys);
-        continue;
-      }
-      const at::Tensor p_BS = mass_BS / static_cast<double>(target.all_heads);
-      const at::Tensor scores = indexer_logits(q, k, w, start_B, end_B);
+    for (int64_t i = 0; i < own; i += pass.plan.query_block) {
+      const int64_t n = std::min(pass.plan.query_block, own - i);
+      const auto rows = [&](const at::Tensor& x_N) { return x_N.narrow(0, i, n); };
+      const KeyRange keys = key_range(rows(b.start_N), rows(b.end_N));
+      const at::Tensor start = rows(b.start_N) - keys.first, end = rows(b.end_N) - keys.first, real = rows(b.real_N);
+      const at::Tensor p_BS = attention_mass(rows(q_NHD), k_SHD.narrow(0, keys.first, keys.count), rows(lse_NH), start, end,
+                                             target.scale) / static_cast<double>(target.all_heads);
+      const at::Tensor q = rows(p.q_NJD), w = rows(p.w_NJ), k = p.k_SD.narrow(0, keys.first, keys.count);
+      const at::Tensor scores = indexer_logits(q, k, w, start, end);
       const KlRows kl = indexer_kl(scores, p_BS, learns);
       report_rows(report, kl.rows_T, kl.entropy_prediction_T, real);
       report.recall += total(captured_mass(p_BS, topk_select(scores, target.top_k)) * real);
       report.recall_rows += total(real);
       recorded.push_back(kl.rows_T);
       if (learns)
-        gradient.add(indexer_logits_backward(kl.gradient_TX * (real * pass.plan.kl_scale).unsqueeze(1), q, k, w, start_B,
-                                             end_B), i, n, keys);
+        gradient.add(indexer_logits_backward(kl.gradient_TX * (real * pass.plan.kl_scale).unsqueeze(1), q, k, w, start, end), i,
+                     n, keys);
     }
   }
   record(pass, "warmup", target.layer, std::move(recorded));

@@ -6,8 +6,7 @@
 //
 // The gradients are accumulated into the indexer's parameters here, when the target is known: in WARMUP while the layer
 // runs forward, in SPARSE while it runs backward, where the probabilities cost nothing. The layer's input and the target are
-// detached, so nothing else depends on them. Nothing of size rows x keys outlives a block of rows. In WARMUP the heads of a
-// row are split over the tensor ranks: each sums its own heads' probabilities and the sums are added over the ranks.
+// detached, so nothing else depends on them. Nothing of size rows x keys outlives a block of rows.
 #pragma once
 
 #include <functional>
@@ -24,9 +23,9 @@ struct IndexerLossTarget {
   int64_t top_k;
 };
 
-// q_THD, k_SHD: this rank's heads in MHA form; lse_TH: log-sum-exp of the dense forward.
-void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection& projection, const at::Tensor& q_THD,
-                        const at::Tensor& k_SHD, const at::Tensor& lse_TH, const ForwardPass& pass);
+// Of the own rows: q_NHD, k_SHD, all heads in MHA form; lse_NH, log-sum-exp of the dense forward.
+void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection& projection, const at::Tensor& q_NHD,
+                        const at::Tensor& k_SHD, const at::Tensor& lse_NH, const ForwardPass& pass);
 
 // Of the own rows: the selected keys; mass_NK, the sum over all heads of the probability of each; latent_queries (int64 [R]
 // -> q [R,H,E]) and kv_SE serve the recall of the full attention's mass, measured on a few rows.

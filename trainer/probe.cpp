@@ -130,7 +130,7 @@ class Results {
   void put(const std::string& name, const at::Tensor& t) { tensors_[name] = t.detach().cpu().contiguous(); }
   // Local rows over `axis` -> [B, T, ...], padding dropped.
   at::Tensor natural(const at::Tensor& rows, Axis axis) {
-    const at::Tensor all = b_.stream(mesh_.along(axis).all_gather(rows.detach()));
+    const at::Tensor all = b_.to_stream.apply(mesh_.along(axis).all_gather(rows.detach()));
     std::vector<int64_t> shape{b_.sequences, b_.length};
     for (int64_t d = 1; d < rows.dim(); ++d) shape.push_back(rows.size(d));
     return all.view(shape).narrow(1, 0, tokens_);

@@ -25,7 +25,7 @@ DenseMlaOutput dense_mla(const at::Tensor& q_THD, const at::Tensor& k_SHD, const
                          const at::Tensor& start_T, const at::Tensor& end_T, double scale,
                          int64_t query_block = 128, const DenseMlaOutput* known = nullptr);
 
-/// p[t,u] = sum over the given heads of exp(scale q[t,h].k[u,h] - lse[t,h]), 0 outside the range: the indexer's
+/// p[t,u] = sum over the heads of exp(scale q[t,h].k[u,h] - lse[t,h]), 0 outside the range: the indexer's
 /// target before division by the number of heads. -> [T,S] fp32 (fp64 for fp64). Call it for a block of rows.
 at::Tensor attention_mass(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& lse_TH,
                           const at::Tensor& start_T, const at::Tensor& end_T, double scale);

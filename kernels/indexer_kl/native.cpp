@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <limits>
 
 #include "kernels/indexer_kl/dense_params.h"
 #include "kernels/indexer_kl/sparse_params.h"
@@ -37,28 +36,17 @@ struct Inputs {
       : q(x.q_TJI.contiguous()), k(x.k_SI.contiguous()), w(x.w_TJ.to(at::kFloat).contiguous()) {}
 };
 
-// Which keys a row sees, as the kernels take it.
-struct Ranges {
-  at::Tensor start, end;
-  Ranges(const at::Tensor& start_T, const at::Tensor& end_T)
-      : start(start_T.to(at::kInt).contiguous()), end(end_T.to(at::kInt).contiguous()) {}
-  void put(AttentionMassParams& a) const {
-    a.start = start.const_data_ptr<int32_t>();
-    a.end = end.const_data_ptr<int32_t>();
-  }
-};
-
 // The attention whose mass is the target, all but the workspace.
 struct Attention {
-  at::Tensor q, k, lse;
-  Ranges ranges;
+  at::Tensor q, k, lse, start, end;
   AttentionMassParams params;
   Attention(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& lse_TH, double scale,
             const at::Tensor& start_T, const at::Tensor& end_T)
       : q(q_THD.stride(2) == 1 ? q_THD : q_THD.contiguous()),
         k(k_SHD.contiguous()),
         lse(lse_TH.to(at::kFloat)),
-        ranges(start_T, end_T) {
+        start(start_T.to(at::kInt).contiguous()),
+        end(end_T.to(at::kInt).contiguous()) {
     AttentionMassParams& a = params;
     a.queries = q.size(0);
     a.keys = k.size(0);
@@ -74,7 +62,8 @@ struct Attention {
     a.lse = lse.const_data_ptr<float>();
     a.lse_stride = lse.stride(0);
     a.lse_head_stride = lse.stride(1);
-    ranges.put(a);
+    a.start = start.const_data_ptr<int32_t>();
+    a.end = end.const_data_ptr<int32_t>();
     a.stream = current_stream(q);
   }
 };
@@ -87,9 +76,21 @@ IndexerGradients gradients_like(const Inputs& x) {
   return {at::empty_like(x.q), at::zeros(x.k.sizes(), x.w.options()), at::empty_like(x.w)};
 }
 
-// p: the attention or its mass, and all_heads.
-IndexerLoss dense_loss(IndexerKlDenseParams p, const IndexerInputs& indexer, int64_t top_k,
-                       const at::Tensor& row_weight_T, double loss_scale, bool want_gradient) {
+}  // namespace
+
+bool indexer_kl_dense_supports(const at::Tensor& q_THD, const IndexerInputs& indexer, const char** why_not) {
+  *why_not = refusal(indexer);
+  if (!*why_not && (q_THD.scalar_type() != at::kBFloat16 || q_THD.size(2) != 192)) *why_not = "attention heads other than 128 + 64 in bf16";
+  return !*why_not;
+}
+
+IndexerLoss indexer_kl_dense(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& lse_TH, double scale,
+                             const IndexerInputs& indexer, const at::Tensor& start_T, const at::Tensor& end_T, int64_t top_k,
+                             const at::Tensor& row_weight_T, double loss_scale, bool want_gradient) {
+  const Attention attention(q_THD, k_SHD, lse_TH, scale, start_T, end_T);
+  IndexerKlDenseParams p;
+  p.attention = attention.params;
+  p.rows.all_heads = attention.params.heads;
   const Inputs x(indexer);
   const at::Tensor weight = row_weight_T.to(at::kFloat).contiguous();
   const int64_t T = p.attention.queries;
@@ -123,51 +124,6 @@ IndexerLoss dense_loss(IndexerKlDenseParams p, const IndexerInputs& indexer, int
   p.workspace = workspace.data_ptr();
   launch_indexer_kl_dense_sm90(p);
   return out;
-}
-
-}  // namespace
-
-bool indexer_kl_dense_supports(const at::Tensor& q_THD, const IndexerInputs& indexer, const char** why_not) {
-  *why_not = refusal(indexer);
-  if (!*why_not && (q_THD.scalar_type() != at::kBFloat16 || q_THD.size(2) != 192)) *why_not = "attention heads other than 128 + 64 in bf16";
-  return !*why_not;
-}
-
-IndexerLoss indexer_kl_dense(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& lse_TH, double scale,
-                             const IndexerInputs& indexer, const at::Tensor& start_T, const at::Tensor& end_T, int64_t top_k,
-                             const at::Tensor& row_weight_T, double loss_scale, bool want_gradient) {
-  const Attention attention(q_THD, k_SHD, lse_TH, scale, start_T, end_T);
-  IndexerKlDenseParams p;
-  p.attention = attention.params;
-  p.rows.all_heads = attention.params.heads;
-  return dense_loss(p, indexer, top_k, row_weight_T, loss_scale, want_gradient);
-}
-
-at::Tensor attention_mass(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& lse_TH,
-                          const at::Tensor& start_T, const at::Tensor& end_T, double scale) {
-  Attention attention(q_THD, k_SHD, lse_TH, scale, start_T, end_T);
-  AttentionMassParams& a = attention.params;
-  const at::Tensor mass = at::zeros({a.queries, (a.keys + 63) / 64 * 64}, q_THD.options().dtype(at::kFloat));
-  a.workspace_bytes = dense_kl_workspace_bytes(a.queries, a.keys);
-  const at::Tensor workspace = bytes_on(q_THD.device(), a.workspace_bytes);
-  a.workspace = workspace.data_ptr();
-  launch_attention_mass_sm90(a, mass.data_ptr<float>(), mass.stride(0));
-  return mass;
-}
-
-IndexerLoss indexer_kl_of_mass(const at::Tensor& mass_TS, int64_t all_heads, const IndexerInputs& indexer,
-                               const at::Tensor& start_T, const at::Tensor& end_T, int64_t top_k,
-                               const at::Tensor& row_weight_T, double loss_scale, bool want_gradient) {
-  const Ranges ranges(start_T, end_T);
-  IndexerKlDenseParams p;
-  p.attention.queries = mass_TS.size(0);
-  p.attention.keys = indexer.k_SI.size(0);
-  ranges.put(p.attention);
-  p.attention.stream = current_stream(mass_TS);
-  p.mass = mass_TS.const_data_ptr<float>();
-  p.mass_stride = mass_TS.stride(0);
-  p.rows.all_heads = static_cast<int>(all_heads);
-  return dense_loss(p, indexer, top_k, row_weight_T, loss_scale, want_gradient);
 }
 
 bool indexer_kl_sparse_supports(const IndexerInputs& indexer, const TopK& selected, const char** why_not) {

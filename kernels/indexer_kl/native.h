@@ -27,16 +27,6 @@ IndexerLoss indexer_kl_dense(const at::Tensor& q_THD, const at::Tensor& k_SHD, c
                              const IndexerInputs& indexer, const at::Tensor& start_T, const at::Tensor& end_T, int64_t top_k,
                              const at::Tensor& row_weight_T, double loss_scale, bool want_gradient);
 
-/// The mass of some of the heads, to be added up over the ranks that hold the others: sum over the heads of q_THD of
-/// exp(scale q.k - lse) -> fp32 [T,S rounded up to a multiple of 64], zeros outside of the ranges. Takes what
-/// indexer_kl_dense_supports takes, k_SHD as there.
-at::Tensor attention_mass(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& lse_TH,
-                          const at::Tensor& start_T, const at::Tensor& end_T, double scale);
-/// indexer_kl_dense with such a mass of all heads: its target is mass_TS / all_heads.
-IndexerLoss indexer_kl_of_mass(const at::Tensor& mass_TS, int64_t all_heads, const IndexerInputs& indexer,
-                               const at::Tensor& start_T, const at::Tensor& end_T, int64_t top_k,
-                               const at::Tensor& row_weight_T, double loss_scale, bool want_gradient);
-
 /// Target: p_TK over the selected keys, summing to 1. Scores: selected.scores_TK, as the selection computed them. Where a
 /// contribution to dk is infinite or NaN, dk is NaN throughout. site: a layer (quantum.h).
 bool indexer_kl_sparse_supports(const IndexerInputs& indexer, const TopK& selected, const char** why_not);

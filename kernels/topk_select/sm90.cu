@@ -1,10 +1,11 @@
 // Exact selection of the k best scores of each row; see params.h for the order.
 //
-// One block of threads takes one row (a warp does where rows are narrow, sm90_narrow.cu). A row of at most kResident scores stays in registers. A longer one is read once,
-// in order: scores above a threshold go to a buffer in shared memory, and whenever the buffer is full it is cut to its
-// k best, which raises the threshold. What is dropped is never among the k best: at least k scores above it, or equal
-// to it and earlier, are in the buffer (equals are kept by index). A sample of the row gives the first threshold; if
-// that turns out to lie above the k-th best score, the row is read again without it. Nothing can overflow or truncate.
+// One block of threads takes one row (a warp does where rows are narrow: sm90_narrow.cu). A row of at most kResident
+// scores stays in registers. A longer one is read once, in order: scores above a threshold go to a buffer in shared
+// memory, and whenever the buffer is full it is cut to its k best, which raises the threshold. What is dropped is never
+// among the k best: at least k scores above it, or equal to it and earlier, are in the buffer (equals are kept by index).
+// A sample of the row gives the first threshold; if that turns out to lie above the k-th best score, the row is read
+// again without it. Nothing can overflow or truncate.
 //
 // A cut finds the k-th best score by a histogram over equal steps of the scores' own range, then over steps of their
 // bit patterns within the bin where the k-th lies (at most three times, whatever the values), until the bin is small

@@ -139,6 +139,18 @@ TEST_F(ModelTest, BlocksChangeNothing) {
 
 // bf16 has 2^-8 of relative rounding; dense, because a flipped key changes everything after it. The weights are bf16
 // numbers, so only activations and gradients are rounded.
+TEST(RowOrder, UndoesItselfForwardAndBackward) {
+  const RowOrder order(std::vector<int64_t>{2, 0, 3, 1});
+  const at::Tensor x = random_tensor({4, 3}, 5).requires_grad_(true), g = random_tensor({4, 3}, 6);
+  const at::Tensor y = order.apply(x);
+  EXPECT_TRUE(y[0].equal(x[2]));
+  EXPECT_TRUE(y[3].equal(x[1]));
+  EXPECT_TRUE(order.undo(y).equal(x));
+  y.backward(g);  // the transpose of a permutation is its inverse
+  EXPECT_TRUE(x.grad().equal(order.undo(g)));
+  EXPECT_TRUE(RowOrder().apply(x).is_same(x));
+}
+
 TEST_F(ModelTest, Bfloat16StaysNearDouble) {
   const std::vector<Sample> samples{random_sample(60, 7), random_sample(60, 8)};
   const Passed wide = pass(samples, AttentionMode::DENSE, true), narrow = pass(samples, AttentionMode::DENSE, true, kTopK, at::kBFloat16);

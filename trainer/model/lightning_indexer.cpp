@@ -64,7 +64,7 @@ IndexerProjection LightningIndexer::project(const at::Tensor& h_NM, const at::Te
   const auto statistics = k_norm_weight_.scalar_type();
   const double scale = 1 / std::sqrt(static_cast<double>(heads_) * static_cast<double>(head_dim_));
   at::Tensor w_NJ = at::linear(h.to(statistics), weights_proj_.to(statistics)) * scale;
-  return {q_NJD, pass.batch.stream(gather_rows(k_ND, mesh_.along(Axis::SEQUENCE))), w_NJ};
+  return {q_NJD, pass.batch.to_stream.apply(gather_rows(k_ND, mesh_.along(Axis::SEQUENCE))), w_NJ};
 }
 
 TopK LightningIndexer::select(const IndexerProjection& p, const ForwardPass& pass) const {

@@ -1,5 +1,5 @@
-// N own rows, T context rows, S stream keys, M hidden, Q latent query, H heads (DENSE: local ones), D = P nope + R rope,
-// V value dim, C latent, E = C + R, K selected keys
+// N own rows, T context rows, A the same in stream order, S stream keys, M hidden, Q latent query, H heads (all, or the local
+// ones of attend_by_heads), D = P nope + R rope, V value dim, C latent, E = C + R, K selected keys
 #include "trainer/model/mla.h"
 
 #include <ATen/ops/cat.h>
@@ -48,8 +48,7 @@ at::Tensor Mla::forward(const at::Tensor& h_NM, const ForwardPass& pass, TopK& s
   const at::Tensor a_NE = at::linear(h_NM, kv_a_);
   const at::Tensor latent_NC = rms_norm(a_NE.narrow(1, 0, latent_), kv_a_norm_, eps_);
   const at::Tensor rope_NR = apply_rope(a_NE.narrow(1, latent_, rope_), b.rope_N, RopeLayout::INTERLEAVED);
-  const at::Tensor kv_SE =
-      b.stream(gather_rows(at::cat({latent_NC, rope_NR}, 1), mesh_.along(Axis::SEQUENCE)));
+  const at::Tensor kv_SE = b.to_stream.apply(gather_rows(at::cat({latent_NC, rope_NR}, 1), mesh_.along(Axis::SEQUENCE)));
 
   IndexerProjection indexer;
   const bool measures = pass.plan.indexer_loss && !pass.first_of_two;
@@ -62,8 +61,7 @@ at::Tensor Mla::forward(const at::Tensor& h_NM, const ForwardPass& pass, TopK& s
   if (measures && pass.recorder) indexer_->record(indexer, layer_, pass);
 
   if (pass.plan.attention == AttentionMode::SPARSE) return attend_sparse(qr_NQ, kv_SE, indexer, pass, selection);
-  Communicator& tensor = mesh_.along(Axis::TENSOR);
-  return reduce_scatter_rows(attend_dense(gather_rows(qr_NQ, tensor), kv_SE, indexer, pass), tensor);
+  return measures ? attend_measured(qr_NQ, kv_SE, indexer, pass) : attend_by_heads(qr_NQ, kv_SE, pass);
 }
 
 Mla::WholeMatrices Mla::whole_matrices() const {
@@ -87,36 +85,44 @@ at::Tensor Mla::latent_queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, c
   return absorbed_queries(projected_queries(qr_RQ, q_b), b_HXC.narrow(1, 0, nope_), rope_R);
 }
 
-at::Tensor Mla::attend_dense(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
-                             const ForwardPass& pass) const {
-  const int64_t T = qr_TQ.size(0), S = kv_SE.size(0);
-  const bool measures = pass.plan.indexer_loss && !pass.first_of_two;
-  const auto attend = [this, pass, S, measures, indexer](const Block& block, const std::vector<at::Tensor>& in,
-                                                         std::vector<at::Tensor>& lse) {
+Mla::Expanded Mla::expand(const at::Tensor& qr_RQ, const at::Tensor& kv_SE, const at::Tensor& q_b, const at::Tensor& kv_b,
+                          const RopeTable& rope_R) const {
+  const at::Tensor up_SHX = at::linear(kv_SE.narrow(1, 0, latent_), kv_b).view({kv_SE.size(0), -1, nope_ + value_});
+  const at::Tensor rope_SHR = kv_SE.narrow(1, latent_, rope_).unsqueeze(1).expand({-1, up_SHX.size(1), -1});
+  return {queries(qr_RQ, q_b, rope_R), at::cat({up_SHX.narrow(2, 0, nope_), rope_SHR}, 2), up_SHX.narrow(2, nope_, value_)};
+}
+
+at::Tensor Mla::attend_by_heads(const at::Tensor& qr_NQ, const at::Tensor& kv_SE, const ForwardPass& pass) const {
+  Communicator& tensor = mesh_.along(Axis::TENSOR);
+  const at::Tensor qr_AQ = pass.batch.to_ascending.apply(gather_rows(qr_NQ, tensor));
+  const int64_t T = qr_AQ.size(0), S = kv_SE.size(0);
+  const int64_t bytes = (T * (nope_ + rope_) + S * (2 * nope_ + rope_ + value_) + T * value_) * qr_NQ.element_size();
+  const int64_t block = std::clamp<int64_t>(pass.plan.block_bytes / bytes, 1, heads_);
+  auto lse = std::make_shared<std::vector<at::Tensor>>((heads_ + block - 1) / block);  // of the first run
+  const auto attend = [this, pass, lse](const Block& block, const std::vector<at::Tensor>& in) {
     const TokenBatch& b = pass.batch;
-    const at::Tensor &qr = in[0], &kv = in[1];
-    const at::Tensor q_THD = queries(qr, in[2], b.rope_T);
-    const at::Tensor up_SHX = at::linear(kv.narrow(1, 0, latent_), in[3]).view({S, block.count, nope_ + value_});
-    const at::Tensor rope_SHR = kv.narrow(1, latent_, rope_).unsqueeze(1).expand({S, block.count, rope_});
-    const at::Tensor k_SHD = at::cat({up_SHX.narrow(2, 0, nope_), rope_SHR}, 2);
+    const Expanded x = expand(in[0], in[1], in[2], in[3], b.rope_A);
     const bool second = block.known.defined();
-    const DenseMlaOutput known{block.known, second ? lse[block.index] : at::Tensor()};
-    const DenseMlaOutput out = dense_mla(q_THD, k_SHD, up_SHX.narrow(2, nope_, value_), b.start_T, b.end_T, scale_,
-                                         pass.plan.query_block, second ? &known : nullptr);
-    lse[block.index] = out.lse_TH;
-    if (measures && !second)
-      dense_indexer_loss({mesh_, layer_, all_heads_, scale_, indexer_->top_k()}, indexer, q_THD.detach(), k_SHD.detach(),
-                         out.lse_TH.detach(), pass);
+    const DenseMlaOutput known{block.known, second ? lse->at(block.index) : at::Tensor()};
+    const DenseMlaOutput out = dense_mla(x.q_RHD, x.k_SHD, x.v_SHV, b.start_A, b.end_A, scale_, pass.plan.query_block,
+                                         second ? &known : nullptr);
+    lse->at(block.index) = out.lse_TH;
     return out.o_THV;
   };
-  // The indexer's target is a sum over all heads of a row: they are in one block then.
-  const int64_t bytes = (T * (nope_ + rope_) + S * (2 * nope_ + rope_ + value_) + T * value_) * qr_TQ.element_size();
-  const int64_t block = measures ? heads_ : std::clamp<int64_t>(pass.plan.block_bytes / bytes, 1, heads_);
-  auto lse = std::make_shared<std::vector<at::Tensor>>((heads_ + block - 1) / block);
-  const at::Tensor o_THV = blockwise(
-      {{qr_TQ}, {kv_SE}, {q_b_, 0, nope_ + rope_}, {kv_b_, 0, nope_ + value_}}, heads_, block, 1,
-      [attend, lse](const Block& which, const std::vector<at::Tensor>& in) { return attend(which, in, *lse); });
-  return at::linear(o_THV.reshape({T, heads_ * value_}), o_);
+  const at::Tensor o_AHV =
+      blockwise({{qr_AQ}, {kv_SE}, {q_b_, 0, nope_ + rope_}, {kv_b_, 0, nope_ + value_}}, heads_, block, 1, attend);
+  return reduce_scatter_rows(at::linear(pass.batch.to_ascending.undo(o_AHV.reshape({T, heads_ * value_})), o_), tensor);
+}
+
+at::Tensor Mla::attend_measured(const at::Tensor& qr_NQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
+                                const ForwardPass& pass) const {
+  const TokenBatch& b = pass.batch;
+  const WholeMatrices whole = whole_matrices();
+  const Expanded x = expand(qr_NQ, kv_SE, whole.q_b, whole.kv_b, b.rope_N);
+  const DenseMlaOutput out = dense_mla(x.q_RHD, x.k_SHD, x.v_SHV, b.start_N, b.end_N, scale_, pass.plan.query_block);
+  dense_indexer_loss({mesh_, layer_, all_heads_, scale_, indexer_->top_k()}, indexer, x.q_RHD.detach(), x.k_SHD.detach(),
+                     out.lse_TH.detach(), pass);
+  return at::linear(out.o_THV.reshape({qr_NQ.size(0), all_heads_ * value_}), whole.o);
 }
 
 at::Tensor Mla::attend_sparse(const at::Tensor& qr_NQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,

@@ -6,10 +6,11 @@
 //   SPARSE, MQA form:   q~_h = [W_UK,h^T q_nope,h ; q_rope,h]         o_h = W_UV,h sum_{s in S_t} p_s c_s
 //   u = concat_h(o_h) Wo^T
 //
-// Only latents are gathered (576 a token). DENSE: heads are split over the tensor axis, rows over the context axis. SPARSE:
-// rows are split over both, each with all heads, and the matrices are gathered over the tensor axis (0.34 GB a layer of the
-// 671B model, less than a quarter of the rows at 131,072 tokens): gathered keys serve 128 heads, not 16, and a row's
-// probabilities, the indexer's target, are all in one place.
+// Keys and values are gathered as latents alone (576 a token). Dense training splits heads over the tensor axis, rows over the
+// context axis. Sparse attention, and dense attention whose probabilities the indexer learns, split rows over both, each with
+// all heads, and gather the matrices over the tensor axis (0.34 GB a layer of the 671B model, less than a quarter of the rows
+// at 131,072 tokens): gathered keys serve 128 heads, not 16, and a row's probabilities, the indexer's target, are all in one
+// place.
 #pragma once
 
 #include <optional>
@@ -28,10 +29,12 @@ class Mla {
   at::Tensor forward(const at::Tensor& h_NM, const ForwardPass& pass, TopK& selection) const;
 
  private:
-  // Latent queries and keys -> u_TM, this rank's heads' part of the output, by blocks of heads.
-  at::Tensor attend_dense(const at::Tensor& qr_TQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
-                          const ForwardPass& pass) const;
-  // The same for the own rows and all heads -> u_NM, by blocks of rows.
+  // Latent queries of the own rows, and keys -> u_NM. Dense, by blocks of this rank's heads, for all rows of the tensor group.
+  at::Tensor attend_by_heads(const at::Tensor& qr_NQ, const at::Tensor& kv_SE, const ForwardPass& pass) const;
+  // Dense, all heads of the own rows at once: the indexer's target is a sum over them.
+  at::Tensor attend_measured(const at::Tensor& qr_NQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
+                             const ForwardPass& pass) const;
+  // Sparse, all heads of the own rows, by blocks of rows.
   at::Tensor attend_sparse(const at::Tensor& qr_NQ, const at::Tensor& kv_SE, const IndexerProjection& indexer,
                            const ForwardPass& pass, const TopK& selection) const;
   // Of all heads. Differentiable, collective over the tensor group.
@@ -44,6 +47,12 @@ class Mla {
   at::Tensor queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const RopeTable& rope_R) const;
   at::Tensor latent_queries(const at::Tensor& qr_RQ, const at::Tensor& q_b, const at::Tensor& kv_b,
                             const RopeTable& rope_R) const;
+  // MHA form, for as many heads as q_b and kv_b have.
+  struct Expanded {
+    at::Tensor q_RHD, k_SHD, v_SHV;
+  };
+  Expanded expand(const at::Tensor& qr_RQ, const at::Tensor& kv_SE, const at::Tensor& q_b, const at::Tensor& kv_b,
+                  const RopeTable& rope_R) const;
 
   Mesh& mesh_;
   int64_t layer_, heads_, all_heads_, nope_, rope_, value_, latent_;

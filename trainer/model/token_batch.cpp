@@ -1,7 +1,6 @@
 #include "trainer/model/token_batch.h"
 
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/index_select.h>
 
 #include <algorithm>
 
@@ -24,7 +23,7 @@ int64_t token_after(const Sample& sample, int64_t i, int64_t shift) {
 }
 
 int64_t padded_length(int64_t length, const Degrees& degrees) {
-  const int64_t unit = (degrees.context > 1 ? 2 * degrees.context : 1) * int64_t{degrees.tensor};
+  const int64_t ranks = int64_t{degrees.context} * degrees.tensor, unit = ranks > 1 ? 2 * ranks : 1;
   return (length + unit - 1) / unit * unit;
 }
 
@@ -32,15 +31,12 @@ int64_t padded_length(int64_t length, const Degrees& degrees) {
 
 // Built on the host, used on the device.
 void TokenBatch::move_to(at::Device device) {
-  for (at::Tensor* t : {&start_T, &end_T, &start_N, &end_N, &stream_row_T, &stream_row_N, &to_stream_S, &real_N,
-                        &rope_T.cos_TR2, &rope_T.sin_TR2, &rope_N.cos_TR2, &rope_N.sin_TR2})
+  for (at::Tensor* t : {&start_A, &end_A, &start_N, &end_N, &stream_row_N, &real_N, &rope_A.cos_TR2, &rope_A.sin_TR2,
+                        &rope_N.cos_TR2, &rope_N.sin_TR2})
     if (t->defined()) *t = t->to(device);
   for (auto* list : {&inputs_T, &targets_T})
     for (at::Tensor& t : *list) t = t.to(device);
-}
-
-at::Tensor TokenBatch::stream(const at::Tensor& gathered) const {
-  return to_stream_S.defined() ? gathered.index_select(0, to_stream_S) : gathered;
+  for (RowOrder* order : {&to_stream, &to_ascending}) order->move_to(device);
 }
 
 std::vector<int64_t> count_targets(const std::vector<Sample>& samples, int64_t mtp_depth) {
@@ -81,13 +77,15 @@ TokenBatch make_batch(const std::vector<Sample>& samples, const ModelConfig& con
       targets[d].push_back(padding ? kNoTarget : token_after(sample, i, d + 1));
     }
   }
-  b.start_T = int64_tensor(start);
-  b.end_T = int64_tensor(end);
-  b.stream_row_T = int64_tensor(rows);
-  b.start_N = b.start_T.narrow(0, own.offset, own.extent);
-  b.end_N = b.end_T.narrow(0, own.offset, own.extent);
-  b.stream_row_N = b.stream_row_T.narrow(0, own.offset, own.extent);
-  if (!split.is_identity()) b.to_stream_S = int64_tensor(split.natural_from_gathered());
+  const auto own_part = [&](const at::Tensor& x_T) { return x_T.narrow(0, own.offset, own.extent); };
+  const at::Tensor start_T = int64_tensor(start), end_T = int64_tensor(end);
+  b.start_N = own_part(start_T);
+  b.end_N = own_part(end_T);
+  b.stream_row_N = own_part(int64_tensor(rows));
+  if (!split.is_identity()) b.to_stream = RowOrder(split.natural_from_gathered());
+  if (degrees.tensor > 1) b.to_ascending = RowOrder(ascending_order(rows));
+  b.start_A = b.to_ascending.apply(start_T);
+  b.end_A = b.to_ascending.apply(end_T);
   const auto statistics = dtype == at::kDouble ? at::kDouble : at::kFloat;
   b.real_N = at::from_blob(real.data(), {static_cast<int64_t>(real.size())}, at::TensorOptions().dtype(at::kDouble))
                  .narrow(0, own.offset, own.extent).to(statistics, /*non_blocking=*/false, /*copy=*/true);
@@ -98,8 +96,9 @@ TokenBatch make_batch(const std::vector<Sample>& samples, const ModelConfig& con
   const RopeScaling& r = config.rope;
   const RopeParameters rope{r.theta, r.factor, static_cast<double>(r.original_max_position), r.beta_fast, r.beta_slow,
                             r.yarn, config.qk_rope_head_dim};
-  b.rope_T = rope_table(int64_tensor(position), rope, dtype);
-  b.rope_N = {b.rope_T.cos_TR2.narrow(0, own.offset, own.extent), b.rope_T.sin_TR2.narrow(0, own.offset, own.extent)};
+  const RopeTable rope_T = rope_table(int64_tensor(position), rope, dtype);
+  b.rope_N = {own_part(rope_T.cos_TR2), own_part(rope_T.sin_TR2)};
+  b.rope_A = {b.to_ascending.apply(rope_T.cos_TR2), b.to_ascending.apply(rope_T.sin_TR2)};
   b.move_to(mesh.device());
   return b;
 }

@@ -1,0 +1,42 @@
+#include "trainer/model/row_order.h"
+
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/index_select.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace dsa {
+namespace {
+
+struct Permute : torch::autograd::Function<Permute> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& to, const at::Tensor& back) {
+    ctx->save_for_backward({back});
+    return x.index_select(0, to);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list gradient) {
+    return {gradient[0].index_select(0, ctx->get_saved_variables()[0]), {}, {}};
+  }
+};
+
+at::Tensor int64_tensor(const std::vector<int64_t>& values) {
+  return at::from_blob(const_cast<int64_t*>(values.data()), {static_cast<int64_t>(values.size())}, at::kLong).clone();
+}
+
+}  // namespace
+
+RowOrder::RowOrder(const std::vector<int64_t>& order) {
+  std::vector<int64_t> back(order.size());
+  for (size_t i = 0; i < order.size(); ++i) back[order[i]] = static_cast<int64_t>(i);
+  to_ = int64_tensor(order);
+  back_ = int64_tensor(back);
+}
+
+at::Tensor RowOrder::apply(const at::Tensor& x) const { return to_.defined() ? Permute::apply(x, to_, back_) : x; }
+at::Tensor RowOrder::undo(const at::Tensor& y) const { return to_.defined() ? Permute::apply(y, back_, to_) : y; }
+
+void RowOrder::move_to(at::Device device) {
+  if (!to_.defined()) return;
+  to_ = to_.to(device);
+  back_ = back_.to(device);
+}
+
+}  // namespace dsa
