@@ -105,11 +105,10 @@ void check_batch(Checker& check, const Recipe& r) {
   const int64_t tensor = r.parallel.tensor, context = r.parallel.context, length = r.data.sequence_length;
   int64_t pieces = 0;
   if (tensor >= 1 && context >= 1 && length >= 2) {
-    const bool overflow = __builtin_mul_overflow(context > 1 ? 2 * context : 1, tensor, &pieces);
+    const bool overflow = __builtin_mul_overflow(tensor == 1 && context == 1 ? 1 : 2 * context, tensor, &pieces);
     if (overflow || length % pieces != 0) {
-      const char* parts = context > 1 ? "2 x context x tensor" : "tensor";
-      check.add("data.sequence_length", fmt::format("{} does not split into {} = {} equal parts",
-                                                    check.show("data.sequence_length"), parts, pieces),
+      check.add("data.sequence_length", fmt::format("{} does not split into 2 x context x tensor = {} equal parts",
+                                                    check.show("data.sequence_length"), pieces),
                 fmt::format("use a multiple of {}", pieces));
     }
   }
