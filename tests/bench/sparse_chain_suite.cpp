@@ -20,7 +20,7 @@ namespace {
 
 using test::DeviceArray;
 
-constexpr int64_t kTokens = 131072, kBlock = 4096, kWorkspaceRows = 512;
+constexpr int64_t kTokens = 131072, kBlock = 4096, kWorkspaceRows = 1024;  // rows of a workspace: as the model
 constexpr int kHeads = 128, kIndexerHeads = 64, kTopK = 2048;
 
 enum Part { SELECT, FORWARD, BACKWARD, LOSS, ENDS, kParts };
