@@ -4,9 +4,10 @@
 //   m[t,j,s] = dI[t,s] 1[q[t,j] . k[s] > 0]
 //   dq[t,j] = w[t,j] sum_s m k[s]      dw[t,j] = sum_s m q[t,j] . k[s]      dk[s] += sum_t sum_j m w[t,j] q[t,j]
 //
-// q and k are bf16, dI is fp32, products of bf16 and sums in fp32: m and m w are rounded to bf16 once each. With FP8 scores
-// in the forward pass, q and k are the bf16 tensors that were quantised: the quantiser passes the gradient straight through, and
-// the scales belong to the scores, not to w.
+// q and k are bf16, dI is fp32, products of bf16 and sums in fp32: m and m w are rounded to bf16 once each, but m of rows
+// 2i and 2i + 1 is taken as two bf16 where both together reach over few keys (256 from a multiple of 128 on). With FP8
+// scores in the forward pass, q and k are the bf16 tensors that were quantised: the quantiser passes the gradient
+// straight through, and the scales belong to the scores, not to w.
 #pragma once
 
 #include <cstddef>

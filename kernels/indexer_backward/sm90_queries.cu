@@ -1,11 +1,11 @@
 // Backward pass of the indexer on Hopper, the part that belongs to queries: dq and dw.
 //
-// A CTA's own rows are two queries of 64 heads, a warpgroup each; it streams the keys that either wants. A tile of keys meets
-// them twice: S = -(own . tile^T), whose sign bit is set exactly where q.k > 0 and selects the elements of dI, rounded to
-// bf16, the same for all heads of a query; the selected elements, in the registers where S was, are then the left operand of
-// sums += selected . tile. w and dw stay out of the loop: dq = w sum_s m k and dw = q . sum_s m k. Two tiles are in hand at a
-// time: while one is selected on the general cores, the tensor core works on the other. A third warpgroup's thread keeps a
-// ring of tiles full.
+// A CTA's own rows are two queries of 64 heads, a warpgroup each; it streams the keys that either wants. A tile of keys
+// meets them twice: S = -(own . tile^T), whose sign bit is set exactly where q.k > 0 and selects the elements of dI,
+// rounded to bf16, the same for all heads of a query; the selected elements, in the registers where S was, are then the
+// left operand of sums += selected . tile. w and dw stay out of the loop: dq = w sum_s m k and dw = q . sum_s m k. Two
+// tiles are in hand at a time: while one is selected on the general cores, the tensor core works on the other. In a third
+// warpgroup a thread keeps a ring of tiles full, and a warp a query rounds dI.
 #include "kernels/cuda/check.h"
 #include "kernels/indexer_backward/sm90_kernel.cuh"
 
@@ -14,11 +14,15 @@ namespace {
 
 constexpr int kGroupBytes = 64 * 128;  // a warpgroup's own rows in a panel
 
+// dI of a tile and a query as bf16: for l % 4 = 0 to 3 the pairs of keys that lanes l select, and a gap for the banks.
+constexpr int kLaneBytes = 16 * 4, kLaneStride = kLaneBytes + 16;
+
 struct Shared {
   alignas(1024) char own[kTileBytes];
   alignas(1024) char tile[kStages][kTileBytes];
   alignas(1024) char d[kStages][1024];  // dI: four panels of 32 keys, two rows of 128 bytes
-  uint64_t full[kStages], free[kStages], own_full, own_free;
+  alignas(16) char rounded[kStages][2][4 * kLaneStride];
+  uint64_t full[kStages], free[kStages], rounded_full[kStages], own_full, own_free;
 };
 
 /// s = -(own . tile^T), 64 x 128. own: a warpgroup's rows in the first panel of a tile.
@@ -43,33 +47,35 @@ __device__ __forceinline__ void add_selected(float (&sums)[64], const uint32_t (
 template <class Select>
 __device__ __forceinline__ void two_tiles(float (&sums)[64], const char* own, Shared& s, Stage& stage, const Select& select) {
   float first[64], second[64];
-  const int a = stage.index;
-  cuda::mbarrier_wait(&s.full[a], stage.parity);
-  negative_scores(first, own, s.tile[a]);
+  const Stage a = stage;
+  cuda::mbarrier_wait(&s.full[a.index], a.parity);
+  negative_scores(first, own, s.tile[a.index]);
   stage.next();
-  const int b = stage.index;
-  cuda::mbarrier_wait(&s.full[b], stage.parity);
-  negative_scores(second, own, s.tile[b]);
+  const Stage b = stage;
+  cuda::mbarrier_wait(&s.full[b.index], b.parity);
+  negative_scores(second, own, s.tile[b.index]);
   stage.next();
   uint32_t selected_first[8][4], selected_second[8][4];
   cuda::wgmma_wait<1>();
   cuda::wgmma_settle(first);
   select(first, a, 0, selected_first);
-  add_selected(sums, selected_first, s.tile[a]);
+  add_selected(sums, selected_first, s.tile[a.index]);
   cuda::wgmma_wait<1>();
   cuda::wgmma_settle(second);
   select(second, b, 1, selected_second);
-  add_selected(sums, selected_second, s.tile[b]);
+  add_selected(sums, selected_second, s.tile[b.index]);
   cuda::wgmma_wait<1>();
-  cuda::mbarrier_arrive(&s.free[a]);
+  cuda::mbarrier_arrive(&s.free[a.index]);
   cuda::wgmma_wait<0>();
-  cuda::mbarrier_arrive(&s.free[b]);
+  cuda::mbarrier_arrive(&s.free[b.index]);
   cuda::wgmma_settle(sums);
 }
 
-// Queries in pairs, those with the most keys (the last ones of a causal block) first.
+// Queries in pairs, those with the most keys (the last ones of a causal block) first. A pair with but two tiles takes
+// both twice, the second time with what dI's rounding has left: of few keys a single rounding shows in the sums.
 struct Pair {
   int first_query, begin, tiles;  // keys from `begin` on; an even number of tiles
+  int steps;                      // in which tiles pass
   Range range[2];
 
   __device__ __forceinline__ Pair(const Arguments& a, int item) {
@@ -82,7 +88,9 @@ struct Pair {
     }
     begin = from / kTile * kTile;
     tiles = from < to ? (to - begin + 2 * kTile - 1) / (2 * kTile) * 2 : 0;
+    steps = tiles == 2 ? 4 : tiles;
   }
+  __device__ __forceinline__ int key(int step) const { return begin + (tiles == 2 ? step % 2 : step) * kTile; }
 };
 
 __device__ void load_tiles(const Maps& maps, const Arguments& a, Shared& s) {
@@ -95,14 +103,50 @@ __device__ void load_tiles(const Maps& maps, const Arguments& a, Shared& s) {
     own_parity ^= 1;
     cuda::mbarrier_arrive_expect(&s.own_full, sizeof s.own);
     for (int p = 0; p < 2; ++p) cuda::tma_load_3d(s.own + p * kPanelBytes, &maps.q, &s.own_full, p * 64, 0, pair.first_query);
-    for (int i = 0; i < pair.tiles; ++i, stage.next()) {
-      const int key = pair.begin + i * kTile;
+    for (int i = 0; i < pair.steps; ++i, stage.next()) {
+      const int key = pair.key(i);
       uint64_t* full = &s.full[stage.index];
       cuda::mbarrier_wait(&s.free[stage.index], stage.parity ^ 1);
       cuda::mbarrier_arrive_expect(full, kTileBytes + sizeof s.d[0]);
       for (int p = 0; p < 2; ++p) cuda::tma_load_2d(s.tile[stage.index] + p * kPanelBytes, &maps.k, full, p * 64, key);
       for (int p = 0; p < 4; ++p)
         cuda::tma_load_2d(s.d[stage.index] + p * 256, &maps.d, full, key + p * 32, pair.first_query);
+    }
+  }
+}
+
+// A warp: dI of one query to bf16, 0 outside its range. dI of the loss sums to 0, so that what the keys have in common
+// leaves nothing but roundings: every rounding gives back what those of its lane before it have left, as far as a
+// sixteenth to an eighth of a unit in the last place. (All of it at once would make independent roundings worse by a
+// root of two.)
+__device__ void round_tiles(const Arguments& a, Shared& s) {
+  const int query = threadIdx.x / 32 % 4 - 1, lane = threadIdx.x % 32;
+  Stage stage;
+  for (int item = blockIdx.x; item < (a.queries + 1) / 2; item += gridDim.x) {
+    const Pair pair(a, item);
+    const Range range = query == 0 ? pair.range[0] : pair.range[1];
+    float owed = 0;
+    for (int i = 0; i < pair.steps; ++i, stage.next()) {
+      const int key = pair.key(i) + 4 * lane;
+      if (i == pair.tiles) owed = 0;
+      cuda::mbarrier_wait(&s.full[stage.index], stage.parity);
+      const uint32_t row = cuda::shared_address(s.d[stage.index]) + lane / 8 * 256 + query * 128;
+      const uint32_t four = swizzled_row(row) ^ lane % 8 << 4;
+      const float2 low = load_two(four), high = load_two(four + 8);
+      const float given[4] = {low.x, low.y, high.x, high.y};
+      float part[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float x = key + j >= range.begin && key + j < range.end ? given[j] : 0.f, most = fabsf(x) * 0x1p-11f;
+        const float rounded = __bfloat162float(__float2bfloat16_rn(x + fminf(fmaxf(owed, -most), most)));
+        owed += x - rounded;
+        part[j] = i < pair.tiles ? rounded : x - rounded;
+      }
+      char* const lanes = s.rounded[stage.index][query] + lane % 2 * 2 * kLaneStride;
+      auto* const to = reinterpret_cast<uint32_t*>(lanes) + lane / 2;
+      to[0] = pack(part[0], part[1]);
+      to[kLaneStride / 4] = pack(part[2], part[3]);
+      cuda::mbarrier_arrive(&s.rounded_full[stage.index]);
     }
   }
 }
@@ -116,7 +160,6 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
   for (int item = blockIdx.x; item < (a.queries + 1) / 2; item += gridDim.x) {
     const Pair pair(a, item);
     const int t = pair.first_query + group;
-    const Range range = group == 0 ? pair.range[0] : pair.range[1];
     float sums[64];
 #pragma unroll
     for (int i = 0; i < 64; ++i) sums[i] = 0;
@@ -124,22 +167,16 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
       cuda::mbarrier_wait(&s.own_full, own_parity);
       own_parity ^= 1;
     }
-    for (int i = 0; i < pair.tiles; i += 2)
-      two_tiles(sums, own, s, stage, [&](const float(&score)[64], int index, int which, uint32_t(&selected)[8][4]) {
-        const int key = pair.begin + (i + which) * kTile;
-        const uint32_t row = cuda::shared_address(s.d[index]) + group * 128;
+    for (int i = 0; i < pair.steps; i += 2)
+      two_tiles(sums, own, s, stage, [&](const float(&score)[64], Stage at, int which, uint32_t(&selected)[8][4]) {
+        const int key = pair.key(i + which);
+        cuda::mbarrier_wait(&s.rounded_full[at.index], at.parity);
         uint32_t d[16];
 #pragma unroll
-        for (int b = 0; b < 16; ++b) {
-          const float2 two = load_two((swizzled_row(row + b / 4 * 256) ^ (b % 4 * 2 + lane % 4 / 2) << 4) + 8 * (lane % 2));
-          d[b] = pack(two.x, two.y);
-        }
-        if (key < range.begin || key + kTile > range.end) {
-#pragma unroll
-          for (int b = 0; b < 16; ++b) {
-            const int at = key + 8 * b + 2 * (lane % 4);
-            d[b] &= (at >= range.begin && at < range.end ? 0xFFFFu : 0u) | (at + 1 >= range.begin && at + 1 < range.end ? 0xFFFF0000u : 0u);
-          }
+        for (int b = 0; b < 16; b += 4) {
+          const uint4 four =
+              *reinterpret_cast<const uint4*>(s.rounded[at.index][group] + lane % 4 * kLaneStride + 4 * b);
+          d[b] = four.x, d[b + 1] = four.y, d[b + 2] = four.z, d[b + 3] = four.w;
         }
         uint32_t bits[2] = {0, 0};
 #pragma unroll
@@ -197,6 +234,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(const __grid_con
     for (int i = 0; i < kStages; ++i) {
       cuda::mbarrier_init(&s.full[i], 1);
       cuda::mbarrier_init(&s.free[i], kReaders);
+      cuda::mbarrier_init(&s.rounded_full[i], 2 * 32);
     }
     cuda::mbarrier_init(&s.own_full, 1);
     cuda::mbarrier_init(&s.own_free, kReaders);
@@ -204,10 +242,12 @@ __global__ void __launch_bounds__(kThreads, 1) backward_queries(const __grid_con
   }
   __syncthreads();
   if (__shfl_sync(~0u, threadIdx.x / 128, 0) == 2) {
-    cuda::fewer_registers<24>();
+    cuda::fewer_registers<40>();
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     if (threadIdx.x == 256) load_tiles(maps, a, s);
+    else if (warp == 9 || warp == 10) round_tiles(a, s);
   } else {
-    cuda::more_registers<240>();
+    cuda::more_registers<232>();
     differentiate(a, s);
   }
 }
