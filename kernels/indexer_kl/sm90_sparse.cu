@@ -12,7 +12,9 @@
 // Two CTAs share a multiprocessor. The order of a row's tiles suits the L2 cache. Where rows list the same keys, or
 // dk_sum fits into the cache, every row begins at another tile: additions to one key wait for each other. Otherwise all
 // CTAs keep pace and go through their lists, which ascend, up and down in turns: all gather and add in one stretch of
-// keys at a time, which stays in the cache.
+// keys at a time, which stays in the cache. Where one half of the lists lies much denser than the other, they take a
+// tile of each in turn: the wide half misses the cache, in the dense one additions wait for each other, and both at
+// once take less time than one after the other.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -70,10 +72,12 @@ struct Shared {
   uint64_t full[kStages], free[kStages], q_full, words_full[kWordTiles], words_free[kWordTiles];
 };
 
+enum class Path { AROUND, UP_AND_DOWN, BOTH_HALVES };
+
 // Of a launch with a large dk_sum.
 struct Plan {
   int pace[cuda::Pace::kCounters];
-  int paced;
+  Path path;
 };
 
 struct Arguments {
@@ -108,16 +112,21 @@ struct Arguments {
 
 __device__ __forceinline__ int tiles_of(int length) { return (length + kTile - 1) / kTile; }
 
-// The order of a row's tiles: up, down, or up from somewhere and round.
+// The order of a row's tiles: up, down, a tile of each half in turn, or up from somewhere and round.
 struct Order {
-  int turn, first, step, rest;
+  int turn, first, step, rest, half;
 
-  __device__ __forceinline__ Order(int64_t t, int tiles, bool paced, bool down) {
+  __device__ __forceinline__ Order(int64_t t, int tiles, Path path, bool down) {
     first = down ? tiles - 1 : 0, step = down ? -1 : 1, turn = tiles;
-    if (!paced) first = static_cast<int>(__umulhi(cuda::odd_hash(static_cast<uint32_t>(t)), tiles)), turn -= first;
+    if (path == Path::AROUND)
+      first = static_cast<int>(__umulhi(cuda::odd_hash(static_cast<uint32_t>(t)), tiles)), turn -= first, step = 1;
     rest = -turn;
+    half = path == Path::BOTH_HALVES ? (tiles + 1) / 2 : 0;
   }
-  __device__ __forceinline__ int tile(int i) const { return i < turn ? first + step * i : rest + i; }
+  __device__ __forceinline__ int tile(int i) const {
+    const int at = i < turn ? first + step * i : rest + i;
+    return half ? at % 2 * half + at / 2 : at;
+  }
 };
 
 __device__ __forceinline__ void sync_computing() { cuda::barrier_sync<1, 128>(); }
@@ -249,7 +258,8 @@ __device__ void gather_tiles(const Arguments& a, Shared& s) {
       cuda::shared_address(s.keys[0]) + chunk / 8 * kPanelBytes + first_row * 128 + (((chunk & 7) ^ first_row) << 4);
   const uint64_t from = cuda::keep(reinterpret_cast<int64_t>(a.key + chunk * 16));
   const auto key_bytes = static_cast<uint32_t>(a.key_bytes);
-  const bool paced = a.plan && a.plan->paced;
+  const Path path = a.plan ? a.plan->path : Path::AROUND;
+  const bool paced = path != Path::AROUND;
   const uint64_t policy = cache_policy(/*evict_first=*/!paced);  // keys give way to sums
   int stage = 0;
   uint32_t parity = 0;
@@ -258,7 +268,7 @@ __device__ void gather_tiles(const Arguments& a, Shared& s) {
   RowSums next(a, blockIdx.x, a.length(blockIdx.x));
   for (int t = blockIdx.x; t < a.queries; t += gridDim.x) {
     const int length = next.length, tiles = next.tiles();
-    const Order order(t, tiles, paced, paced && down);
+    const Order order(t, tiles, path, down);
     down = !down;
     const auto load = [&](Entry& entry, int i) {
       entry.load(a, t, order.tile(i) * kTile + thread, i < tiles ? length : 0);
@@ -510,16 +520,16 @@ __device__ void differentiate(const CUtensorMap* map_q, const Arguments& a, Shar
 __host__ __device__ bool large(int64_t keys) { return keys * Layout::kRowWords * 8 > kPaceBytes; }
 
 // Pace is worth keeping where rows that run together list different keys and these are many. Pairs of rows, 128 threads
-// each; keys are compared by 15 bits of them.
+// each; keys are compared by 15 bits of them. A list's halves differ if one has less than a quarter of its range.
 constexpr int kSamples = 8;
 __global__ void __launch_bounds__(128 * kSamples) make_plan(const Arguments a, Plan* plan) {
   constexpr int kBits = 1 << 15;
   __shared__ uint32_t listed[kSamples][kBits / 32];
-  __shared__ int listed_twice, compared;
+  __shared__ int listed_twice, compared, dense_halves;
   __shared__ uint32_t least, most;
   const int thread = threadIdx.x % 128, sample = threadIdx.x / 128;
   for (int i = thread; i < kBits / 32; i += 128) listed[sample][i] = 0;
-  if (threadIdx.x == 0) listed_twice = compared = 0, least = ~0u, most = 0;
+  if (threadIdx.x == 0) listed_twice = compared = dense_halves = 0, least = ~0u, most = 0;
   __syncthreads();
   const int64_t one = (2 * sample + 1) * int64_t{a.queries} / (2 * kSamples);
   const int64_t other = min(one + 64, int64_t{a.queries} - 1);
@@ -531,16 +541,24 @@ __global__ void __launch_bounds__(128 * kSamples) make_plan(const Arguments a, P
   __syncthreads();
   int twice = 0;
   uint32_t first = ~0u, last = 0;
+  const int32_t* const list = a.indices + other * a.indices_stride;
   for (int i = thread; i < other_length; i += 128) {
-    const uint32_t key = a.indices[other * a.indices_stride + i];
+    const uint32_t key = list[i];
     twice += listed[sample][key % kBits / 32] >> key % 32 & 1;
     if (key < static_cast<uint32_t>(a.keys)) first = min(first, key), last = max(last, key);
   }
   atomicAdd(&listed_twice, twice), atomicMin(&least, first), atomicMax(&most, last);
   if (thread == 0) atomicAdd(&compared, other_length);
+  if (thread == 0 && other_length > 2) {
+    const int64_t low = list[0], middle = list[other_length / 2], high = list[other_length - 1];
+    if (4 * min(middle - low, high - middle) < high - low) atomicAdd(&dense_halves, 1);
+  }
   __syncthreads();
   if (threadIdx.x < cuda::Pace::kCounters) plan->pace[threadIdx.x] = 0;
-  if (threadIdx.x == 0) plan->paced = 5 * listed_twice < 2 * compared && most > least && large(most - least);
+  if (threadIdx.x == 0) {
+    const bool paced = 5 * listed_twice < 2 * compared && most > least && large(most - least);
+    plan->path = !paced ? Path::AROUND : 2 * dense_halves > kSamples ? Path::BOTH_HALVES : Path::UP_AND_DOWN;
+  }
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
@@ -638,7 +656,9 @@ void launch_indexer_kl_sparse_sm90(const IndexerKlSparseParams& p) {
   static_assert(kBytes <= 113 * 1024);
   cuda::check(cudaFuncSetAttribute(sparse_loss, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
               "reserve shared memory for indexer_kl");
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(p.queries, cuda::multiprocessors() * 2));
+  // CTAs that may keep pace have as many rows each.
+  const int64_t most = cuda::multiprocessors() * 2, rounds = (p.queries + most - 1) / most;
+  const auto blocks = static_cast<unsigned>(a.plan ? (p.queries + rounds - 1) / rounds : std::min(p.queries, most));
   sparse_loss<<<blocks, kThreads, kBytes, p.stream>>>(map_q, a);
   cuda::check(cudaGetLastError(), "launch indexer_kl over selected keys");
 }

@@ -41,6 +41,7 @@ TEST_F(IndexerKlSparse, LongSequences) {
                         Case{4097, 4097, 16, 128, Lists::LOCAL, "causal, length 4097, 16 heads"},
                         Case{700, 50000, 64, 1024, Lists::RANDOM, "dk larger than the cache"},
                         Case{2500, 131072, 8, 128, Lists::LOCAL, "the same, more rows"},
+                        Case{1100, 131072, 4, 320, Lists::LOCAL, "both halves, an odd number of tiles"},
                         Case{1400, 131072, 64, 64, Lists::RANDOM, "one tile a row"},
                         Case{600, 131072, 16, 512, Lists::SHARED, "as many keys, but the same ones"}}) {
     SelectedProblem x(c.t, c.s, c.h, c.k, 100 + c.h, c.kind);
@@ -211,6 +212,25 @@ TEST_F(IndexerKlSparse, LargeScores) {  // the softmax is nearly one-hot, p is f
   SelectedProblem x(8, 1000, 64, 256, 31);
   fill_normal_f32(x.w.data(), x.w.size(), 5, 0, 1);
   expect_equal(x, "scores of hundreds");
+}
+
+// What keys have in common cancels in the exact gradients, as dI sums to 0, and must in the rounded ones.
+TEST_F(IndexerKlSparse, KeysWithMuchInCommon) {
+  for (const int common : {1, 3}) {
+    SelectedProblem x(16, 6000, 64, 2048, 41);
+    std::vector<uint16_t> key = x.key.host();
+    std::mt19937 random(42);
+    std::normal_distribution<float> normal(0, static_cast<float>(common));
+    for (int c = 0; c < 128; ++c) {
+      const float shift = normal(random);
+      for (int64_t s = 0; s < x.keys; ++s) {
+        uint16_t& bits = key[s * 136 + c];
+        bits = std::bit_cast<uint32_t>(std::bit_cast<float>(uint32_t{bits} << 16) + shift) >> 16;
+      }
+    }
+    cuda::check(cudaMemcpy(x.key.data(), key.data(), key.size() * 2, cudaMemcpyHostToDevice), "copy to the device");
+    expect_equal(x, ("a vector and noise, " + std::to_string(common) + " to 1").c_str());
+  }
 }
 
 TEST_F(IndexerKlSparse, RepeatsBitForBit) {
