@@ -14,11 +14,23 @@ __device__ __forceinline__ void copy16_or_zero(uint32_t to, const void* from, bo
                : "memory");
 }
 
+/// The same; from memory the L2 cache takes the aligned 256 bytes around them.
+__device__ __forceinline__ void copy16_or_zero_and_256(uint32_t to, const void* from, bool read) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read ? 16 : 0)
+               : "memory");
+}
+
 /// The same with a hint to the L2 cache.
 __device__ __forceinline__ void copy16_or_zero(uint32_t to, const void* from, bool read, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
                "r"(read ? 16 : 0), "l"(policy)
                : "memory");
+}
+
+/// Brings bytes into the L2 cache; 16-byte aligned, a multiple of 16.
+template <int bytes>
+__device__ __forceinline__ void prefetch_l2(const void* from) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "n"(bytes) : "memory");
 }
 
 /// Arrives once this thread's earlier cp.async have landed. Counts as one of the barrier's arrivals.

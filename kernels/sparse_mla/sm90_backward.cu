@@ -51,6 +51,9 @@ int group_of(const SparseMlaParams& p) { return kHeadBlock >> row_shift(p.heads)
 // Whether contributions may go by way of the workspace.
 bool may_go_by_key(const SparseMlaBackwardParams& p) { return p.keys > p.cached_keys; }
 
+// Whether it matters how many keys the lists name.
+bool counts_named(const SparseMlaBackwardParams& p) { return p.keys > std::min(p.cached_keys, kHalvesFrom); }
+
 // Whether pairs of groups may go through the kernel of the keys together.
 bool may_pair(const SparseMlaParams& p) { return p.heads <= kHeadBlock; }
 
@@ -85,14 +88,15 @@ struct Workspace {
       if (group > 1) take_union(h.lists, group, p.k, lists);
       if (may_pair(p)) take_union(h.pairs, 2, group * p.k, lists / 2);
     }
+    if (!counts_named(p)) return;
+    take(mentions.marks, words * 4);
+    take(mentions.named, 4);
     if (!may_go_by_key(p)) return;
     take(contributions, entries * kDim * 2);
     mentions.stride = static_cast<int>(lists);
     take(mentions.bits, words * lists * 4);
     take(mentions.places, words * lists * 2);
     take(mentions.searched, lists);
-    take(mentions.marks, words * 4);
-    take(mentions.named, 4);
   }
 };
 
@@ -105,23 +109,29 @@ int64_t most_lists(const SparseMlaBackwardParams& p) {
   return fit;
 }
 
-// Multiprocessors, of 132, for the kernel of the keys while both run; measured. Its work depends less on the heads, and
-// for few of them pairs are taken at once more often than not.
-int key_share(const SparseMlaParams& p) { return !may_pair(p) ? 54 : group_of(p) > 2 ? 52 : 68; }
+// Whether either kernel takes all multiprocessors, one after the other. A chunk of few heads is few long items: on a
+// share of the multiprocessors the last of them would leave many idle.
+bool in_turn(const SparseMlaParams& p) { return group_of(p) > 2; }
 
-// A stream beside the caller's and the events between them, for the time of one launch.
-struct SideStream {
-  cudaStream_t stream = nullptr;
-  cudaEvent_t listed = nullptr, ready = nullptr, used[2] = {}, end = nullptr;  // used: the halves of the workspace
+// Multiprocessors, of 132, for the kernel of the keys while both run; measured. Its work depends less on the heads.
+int key_share(const SparseMlaParams& p) { return may_pair(p) ? 68 : 54; }
 
-  SideStream() {
-    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "create a stream");
-    for (cudaEvent_t* e : {&listed, &ready, &used[0], &used[1], &end})
+// Streams beside the caller's and the events between them, for the time of one launch. Lists are united on a stream of
+// their own: wherever the other kernels leave multiprocessors idle.
+struct SideStreams {
+  cudaStream_t keys = nullptr, lists = nullptr;
+  cudaEvent_t begun = nullptr, listed = nullptr, ready = nullptr, end = nullptr;
+  cudaEvent_t used[2] = {};  // the halves of the workspace
+
+  SideStreams() {
+    for (cudaStream_t* s : {&keys, &lists})
+      cuda::check(cudaStreamCreateWithFlags(s, cudaStreamNonBlocking), "create a stream");
+    for (cudaEvent_t* e : {&begun, &listed, &ready, &end, &used[0], &used[1]})
       cuda::check(cudaEventCreateWithFlags(e, cudaEventDisableTiming), "create an event");
   }
-  ~SideStream() {  // CUDA frees them once the enqueued work is done
-    for (cudaEvent_t e : {listed, ready, used[0], used[1], end}) cudaEventDestroy(e);
-    cudaStreamDestroy(stream);
+  ~SideStreams() {  // CUDA frees them once the enqueued work is done
+    for (cudaEvent_t e : {begun, listed, ready, end, used[0], used[1]}) cudaEventDestroy(e);
+    for (cudaStream_t s : {keys, lists}) cudaStreamDestroy(s);
   }
 };
 
@@ -182,31 +192,34 @@ void launch_sparse_mla_backward_sm90(const SparseMlaBackwardParams& p) {
   const CUtensorMap query_q = map(p.q, p.q_stride, 576, 32), query_g = map(p.d_o, p.d_o_stride, 512, 32);
   const CUtensorMap key_q = map(p.q, p.q_stride, 576, 64), key_g = map(p.d_o, p.d_o_stride, 512, 64);
   cuda::check(cudaMemsetAsync(p.p_sel, 0, sizeof(float) * p.queries * p.k, p.stream), "clear p_sel");
-  const SideStream side;
+  const SideStreams side;
   const Workspace workspace(p, lists, p.workspace);
-  if (may_go_by_key(p)) launch_count_named(p, workspace.mentions);
-  const int all = cuda::multiprocessors(),
-            for_keys = all * key_share(p) / 132;
+  if (counts_named(p)) launch_count_named(p, workspace.mentions);
+  record(side.begun, p.stream);
+  wait(side.lists, side.begun);
+  const int all = cuda::multiprocessors(), for_keys = in_turn(p) ? all : all * key_share(p) / 132,
+            for_queries = in_turn(p) ? all : all - for_keys;
   const int64_t chunks = (p.queries + rows - 1) / rows;
   for (int64_t i = 0; i < chunks; ++i) {
     const Workspace::Half& half = workspace.half[i % 2];
-    Chunk chunk{i * rows, std::min(rows, p.queries - i * rows), half.weights, i == 0 ? all : all - for_keys, half.lists,
+    Chunk chunk{i * rows, std::min(rows, p.queries - i * rows), half.weights, i == 0 ? all : for_queries, half.lists,
                 half.pairs, workspace.contributions, workspace.mentions};
-    if (i >= 2) wait(p.stream, side.used[i % 2]);
-    if (group > 1) launch_unite(p, chunk);
-    record(side.listed, p.stream);
-    wait(side.stream, side.listed);
-    if (may_go_by_key(p)) launch_mentions(p, chunk, side.stream);
-    if (may_pair(p)) launch_pair(p, chunk, side.stream);
+    if (i >= 2) wait(side.lists, side.used[i % 2]);
+    if (group > 1) launch_unite(p, chunk, side.lists);
+    if (may_pair(p)) launch_pair(p, chunk, side.lists);
+    record(side.listed, side.lists);
+    wait(p.stream, side.listed);
+    wait(side.keys, side.listed);
+    if (may_go_by_key(p)) launch_mentions(p, chunk, side.keys);
     launch_queries(p, query_q, query_g, chunk, p.stream);
     record(side.ready, p.stream);
-    wait(side.stream, side.ready);
+    wait(side.keys, side.ready);
     chunk.multiprocessors = i + 1 == chunks ? all : for_keys;
-    launch_keys(p, key_q, key_g, chunk, side.stream);
-    if (may_go_by_key(p)) launch_sums(p, chunk, side.stream);
-    record(side.used[i % 2], side.stream);
+    launch_keys(p, key_q, key_g, chunk, side.keys);
+    if (may_go_by_key(p)) launch_sums(p, chunk, side.keys);
+    record(side.used[i % 2], side.keys);
   }
-  record(side.end, side.stream);
+  record(side.end, side.keys);
   wait(p.stream, side.end);
 }
 

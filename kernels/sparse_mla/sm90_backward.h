@@ -37,6 +37,9 @@ struct Mentions {
   int32_t* named = nullptr;     ///< [1], how many these are
 };
 constexpr int kMostLists = 1024;  // of a chunk
+/// Of more named keys half of the sums stay in the L2 cache rather than all of them: the kernel of the keys sums half of
+/// the columns for all queries of a chunk, then the other half.
+constexpr int kHalvesFrom = 24576;
 
 struct Chunk {
   int64_t first_row = 0, rows = 0;
@@ -65,14 +68,14 @@ inline Lists lists_of(const SparseMlaParams& p, const Chunk& chunk) {
 inline int64_t first_list(const Chunk& chunk) { return chunk.lists.group > 1 ? 0 : chunk.first_row; }
 inline int64_t groups_of(const Chunk& chunk) { return (chunk.rows + chunk.lists.group - 1) / chunk.lists.group; }
 
-/// Writes marks and named and clears bits, on the caller's stream.
+/// Writes marks and named and clears bits if there are any, on the caller's stream.
 void launch_count_named(const SparseMlaBackwardParams& p, const Mentions& out);
 /// Writes bits, places and searched if more than cached_keys keys are named.
 void launch_mentions(const SparseMlaBackwardParams& p, const Chunk& chunk, CUstream_st* stream);
 /// Adds chunk.contributions to dkv_sum then; otherwise launch_keys has done it.
 void launch_sums(const SparseMlaBackwardParams& p, const Chunk& chunk, CUstream_st* stream);
-/// Writes chunk.lists, on the caller's stream.
-void launch_unite(const SparseMlaBackwardParams& p, const Chunk& chunk);
+/// Writes chunk.lists.
+void launch_unite(const SparseMlaBackwardParams& p, const Chunk& chunk, CUstream_st* stream);
 /// Writes chunk.pairs, unless more than cached_keys keys are named.
 void launch_pair(const SparseMlaBackwardParams& p, const Chunk& chunk, CUstream_st* stream);
 /// The maps' boxes span 32 rows of a CTA for the queries, 64 for the keys, 64 columns each.

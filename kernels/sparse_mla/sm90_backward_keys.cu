@@ -5,8 +5,9 @@
 // turns every tile of P and dS into 64 keys x 288 columns, summed over all heads before they leave the SM. A job is 144
 // of a tile's columns. Three warpgroups take one job after the other and turns at the tensor cores: while one
 // multiplies, the others make words of what they have (packed_sums.cuh) and hand them to the copy engine, which adds
-// them to global memory. Where the sums of the keys that the lists name do not stay in the caches, contributions go to
-// the workspace instead, rounded to bf16, and sm90_backward_sums.cu adds them.
+// them to global memory. Where the lists name more than kHalvesFrom keys, all queries of a chunk come with one half
+// first, then with the other: half of the sums stay in the caches. Where not even these do, contributions go to the
+// workspace instead, rounded to bf16, and sm90_backward_sums.cu adds them.
 //
 // To make and add words costs the same for 128 rows (of query and head) as for 64: where 64 rows hold a query or a
 // group of queries, two neighbours are taken at once if their lists have much in common.
@@ -34,7 +35,7 @@ struct Shared {
   // Weights, then the buffers; by key there are none and more weights.
   alignas(1024) char ring[kUnits * kPanelBytes + 4 * kWorkers * kBuffers * 8 * kRowPitch];
   uint64_t full[kUnitsByKey], free[kUnitsByKey], multiplied[kWorkers], q_full, q_free;
-  bool by_key;
+  bool by_key, by_half;
   static_assert(sizeof(ring) >= kUnitsByKey * kPanelBytes);
 
   __device__ __forceinline__ char* weights(uint32_t unit) { return ring + unit * kPanelBytes; }
@@ -55,9 +56,18 @@ struct Arguments {
   uint64_t* table;
   float magic;  // of the quantum, see packed_sums.cuh
   __nv_bfloat16* contributions;  // [groups][lists.k][576]
-  const int32_t* named;          // keys that the lists name; of more than cached_keys, the contributions go there
-  int cached_keys;
+  const int32_t* named;          // keys that the lists name; null: few
+  int cached_keys;               // of more named keys, contributions go to the workspace if they may
 
+  // A CTA's i-th of the chunk's work: half of the columns of a group of queries.
+  struct Item {
+    int64_t index;
+    int half;
+  };
+  __device__ __forceinline__ Item item(int64_t i, bool by_half) const {
+    if (!by_half) return {i / 2, static_cast<int>(i % 2)};
+    return i < groups ? Item{i, 0} : Item{i - groups, 1};
+  }
   // Of a list, 0 if another launch takes it.
   template <bool kByKey>
   __device__ __forceinline__ int length(int64_t index) const {
@@ -88,7 +98,7 @@ __device__ void load_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, c
   const uint64_t once = cuda::evict_first();
   uint32_t unit = 0, item_parity = 0;
   for (int64_t item = blockIdx.x; item < 2 * a.groups; item += gridDim.x) {
-    const int64_t index = item / 2;
+    const auto [index, half] = a.item(item, s.by_half);
     const int units = 2 * kBlocks * tiles_of(a.length<kByKey>(index));
     const char* from = a.weights + index * a.weight_bytes;
     for (int i = 0; i < units; ++i, ++unit, from += kPanelBytes) {
@@ -99,7 +109,7 @@ __device__ void load_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, c
       if (i > 0) continue;
       cuda::mbarrier_wait(&s.q_free, item_parity ^ 1);  // q and do of the item before are still in use
       item_parity ^= 1;
-      load_rows(map_q, map_g, s, item % 2, static_cast<int>(a.first_row + index * a.group), 0, kHeadBlock, once);
+      load_rows(map_q, map_g, s, half, static_cast<int>(a.first_row + index * a.group), 0, kHeadBlock, once);
     }
   }
 }
@@ -111,7 +121,7 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g,
   const uint32_t to = row * 128 + ((chunk ^ (row & 7)) << 4);  // and 16 rows further on
   uint32_t unit = 0, item_parity = 0;
   for (int item = blockIdx.x; item < 2 * a.groups; item += gridDim.x) {
-    const int64_t index = item / 2;
+    const auto [index, half] = a.item(item, s.by_half);
     const int tiles = tiles_of(a.length<false>(index));
     if (tiles == 0) continue;
     int64_t entry = index * a.lists.stride;  // the tile's first
@@ -140,7 +150,7 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g,
         if (thread < 32) {  // as one: a lane that goes its own way here leaves the warp at half its speed
           cuda::mbarrier_wait(&s.q_free, item_parity ^ 1);  // q and do of the item before are still in use
           if (cuda::elect_one())
-            load_rows(map_q, map_g, s, item % 2, static_cast<int>(a.first_row + 2 * index * a.group), a.group, 0, once);
+            load_rows(map_q, map_g, s, half, static_cast<int>(a.first_row + 2 * index * a.group), a.group, 0, once);
           __syncwarp();
         }
         item_parity ^= 1;
@@ -261,9 +271,10 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
     else out.template add_words<S::kBuffers>(1, a.table, s.words(threadIdx.x / 32));
   };
   for (int64_t item = blockIdx.x; item < 2 * a.groups; item += gridDim.x) {
-    const int length = a.length<kByKey>(item / 2), jobs = 2 * tiles_of(length);
+    const auto [index, half] = a.item(item, s.by_half);
+    const int length = a.length<kByKey>(index), jobs = 2 * tiles_of(length);
     if (jobs == 0) continue;
-    const int32_t* row = a.lists.indices + (a.first_list + item / 2) * a.lists.stride;
+    const int32_t* row = a.lists.indices + (a.first_list + index) * a.lists.stride;
     int i = (group + kWorkers - static_cast<int>(jobs_before % kWorkers)) % kWorkers;
     TileEntries next;
     next.load(row, i / 2 * kTile + key_row, length);
@@ -317,9 +328,9 @@ __device__ void sum_heads(const Arguments& a, Shared<kBlocks>& s) {
       if (i + kWorkers >= jobs) cuda::mbarrier_arrive(&s.q_free);
 #pragma unroll
       for (int h = 0; h < 2; ++h) out.key[h] = a.lists.counting(entries.own[h], entries.before[h]);
-      out.part = item % 2 * 2 + columns;
+      out.part = half * 2 + columns;
       if constexpr (kByKey) {
-        out.rows = a.contributions + (item / 2 * a.lists.k + key_row + tile * kTile) * kDim;
+        out.rows = a.contributions + (index * a.lists.k + key_row + tile * kTile) * kDim;
         out.pack_pairs(d, rope, quanta, check);
       } else {
         out.pack_words(d, rope, 1, quanta, check);
@@ -355,7 +366,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     cuda::mbarrier_init(&s.q_free, 128 * kWorkers);
     cuda::mbarrier_init_fence();
     // By way of shared memory: no load is under way when warps change their registers, and all see the same.
-    s.by_key = a.named && __ldg(a.named) > a.cached_keys;
+    const int named = a.named ? __ldg(a.named) : 0;
+    s.by_key = a.contributions && named > a.cached_keys;
+    s.by_half = !s.by_key && named > kHalvesFrom;
   }
   __syncthreads();
   if (kPairs && s.by_key) return;

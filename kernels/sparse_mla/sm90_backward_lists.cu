@@ -97,11 +97,12 @@ __global__ void __launch_bounds__(kThreads, 1) unite(const Arguments a) {
       const int n = min(a.stretch, total - from);
       for (int i = threadIdx.x; i < n * group / 2; i += kThreads) places[i] = ~0u;
       __syncthreads();
-      for_own(window, [&](int i, int key, uint32_t bit) {
+      for_own(window, [&](uint32_t i, int key, uint32_t bit) {
         const int to = before[bit / 32] + __popc(all[bit / 32] & ((1u << bit % 32) - 1)) - from;
         if (static_cast<uint32_t>(to) >= static_cast<uint32_t>(n)) return;
         keys[to] = key;
-        reinterpret_cast<uint16_t*>(places)[to * group + own] = static_cast<uint16_t>(i);
+        // Two entries that name the key again meet here: what is left does not depend on their order.
+        atomicAnd(places + (to * group + own) / 2, own % 2 ? i << 16 | 0xFFFF : i | 0xFFFF0000);
       });
       __syncthreads();
       for (int i = threadIdx.x; i < n; i += kThreads) to_keys[from + i] = keys[i];
@@ -131,8 +132,8 @@ void launch(Arguments a, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_unite(const SparseMlaBackwardParams& p, const Chunk& chunk) {
-  launch({own_lists(p), chunk.first_row, chunk.rows, 0, 0, chunk.lists, false, nullptr, 0}, p.stream);
+void launch_unite(const SparseMlaBackwardParams& p, const Chunk& chunk, cudaStream_t stream) {
+  launch({own_lists(p), chunk.first_row, chunk.rows, 0, 0, chunk.lists, false, nullptr, 0}, stream);
 }
 
 void launch_pair(const SparseMlaBackwardParams& p, const Chunk& chunk, cudaStream_t stream) {

@@ -4,10 +4,13 @@
 // heads in one product, q and do lying beside each other, and turns both into P and dS where they are. The tiles of all
 // 64 heads go to memory for the kernel that sums over queries; dS also meets the keys again: warpgroup 0 owns dq
 // columns 0-287, warpgroup 1 columns 288-575, panel by panel, and a panel is refilled with the next tile's keys as soon
-// as it is done. q, do and one tile fill the shared memory. Where queries have 32 heads or fewer, the 64 rows are those
-// of 2, 4 or 8 queries and the list is the union of theirs.
+// as it is done. q, do and one tile fill the shared memory; the next tile's keys are fetched into the L2 cache ahead,
+// which pays where they are in it anyway, too. Where queries have 32 heads or fewer, the 64 rows are those of 2, 4 or 8
+// queries and the list is the union of theirs.
 //
 // Letters: T query rows, S keys, H heads, K list entries.
+#include <algorithm>
+
 #include "kernels/cuda/check.h"
 #include "kernels/sparse_mla/sm90_backward.h"
 #include "kernels/sparse_mla/sm90_backward_instructions.cuh"
@@ -33,8 +36,8 @@ struct Shared {
 
 struct Arguments {
   Lists lists;
-  int64_t first_list, first_row, end_row, groups;
-  int heads, blocks, group, shift;  // group: queries of a CTA, 2^shift rows each
+  int64_t first_list, first_row, end_row;
+  int items, heads, blocks, group, shift;  // group: queries of a CTA, 2^shift rows each
   const uint16_t* places;           // of a union of lists, see sm90_backward.h
   int k;                            // entries of a query's own list
   const char* kv;
@@ -73,11 +76,25 @@ template <bool kPacked>
 __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g, const Arguments& a, Shared& s) {
   const int thread = threadIdx.x - 256;
   uint32_t parity = 0, item_parity = 0;
-  for (int64_t item = blockIdx.x; item < a.groups * a.blocks; item += gridDim.x) {
-    const int64_t list = a.first_list + item / a.blocks, t = a.first_row + item / a.blocks * a.group;
-    const int head = static_cast<int>(item % a.blocks) * kHeadBlock, length = a.lists.length(list),
-              tiles = tiles_of(length);
-    if (tiles == 0) continue;
+  Entries next;
+  int next_length = 0;
+  const auto load_first = [&](int item) {  // of an item
+    const int64_t list = a.first_list + item / a.blocks;
+    if (item < a.items) next.load(a.lists.indices + list * a.lists.stride, 0, next_length, thread);
+  };
+  const auto load_length = [&](int item) {
+    next_length = item < a.items ? a.lists.length(a.first_list + item / a.blocks) : 0;
+  };
+  load_length(blockIdx.x), load_first(blockIdx.x);
+  for (int item = blockIdx.x; item < a.items; item += gridDim.x) {
+    const int64_t list = a.first_list + item / a.blocks, t = a.first_row + item / a.blocks * int64_t{a.group};
+    const int head = item % a.blocks * kHeadBlock, length = next_length, tiles = tiles_of(length),
+              after = item + gridDim.x;
+    load_length(after);
+    if (tiles == 0) {
+      load_first(after);
+      continue;
+    }
     const int32_t* row = a.lists.indices + list * a.lists.stride;
     if (thread == 0) {
       cuda::mbarrier_wait(&s.q_free, item_parity ^ 1);
@@ -93,14 +110,13 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g,
         }
     }
     item_parity ^= 1;
-    Entries next;
-    next.load(row, 0, length, thread);
     for (int tile = 0; tile < tiles; ++tile, parity ^= 1) {
       Gather gather;
       gather.start(a.lists, next, a.kv, a.kv_bytes, thread);
       uint2 mask{0, 0};
       if (!kPacked && thread < 32) mask = next.mask(a.lists);
-      next.load(row, (tile + 1) * kTile, length, thread);
+      if (tile + 1 < tiles) next.load(row, (tile + 1) * kTile, length, thread);
+      else load_first(after);
       const uint32_t to = cuda::shared_address(s.kv);
 #pragma unroll
       for (int i = 0; i < kPanels; ++i) {
@@ -111,6 +127,10 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const CUtensorMap* map_g,
         cuda::mbarrier_arrive_after_copies(&s.full[p]);
         if (p == 4 && thread == 0) cuda::mbarrier_arrive(&s.full[p]);
       }
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (thread % 8 == j && next.key[j] >= 0 && next.key[j] < a.lists.keys)
+          cuda::prefetch_l2<kDim * 2>(a.kv + next.key[j] * a.kv_bytes);
     }
   }
 }
@@ -129,7 +149,7 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
   const uint32_t piece_from =
       weights + kPanelBytes + (lane % 8 + (lane >> 4) * 8) * 128 + (((warp * 2 + (lane >> 3 & 1)) ^ (lane % 8)) << 4);
   uint32_t parity = 0, item_parity = 0;
-  for (int64_t item = blockIdx.x; item < a.groups * a.blocks; item += gridDim.x) {
+  for (int item = blockIdx.x; item < a.items; item += gridDim.x) {
     const int64_t index = item / a.blocks, list = a.first_list + index, t = a.first_row + index * a.group;
     const int block = static_cast<int>(item % a.blocks), tiles = tiles_of(a.lists.length(list));
     if (thread < 32) {
@@ -308,9 +328,8 @@ void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments&
   cuda::check(
       cudaFuncSetAttribute(backward_queries<kPacked>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)),
       "reserve shared memory for sparse_mla backward");
-  const int64_t items = a.groups * a.blocks, most = multiprocessors;
   backward_queries<kPacked>
-      <<<static_cast<int>(items < most ? items : most), kThreads, sizeof(Shared), stream>>>(map_q, map_g, a);
+      <<<std::min(a.items, multiprocessors), kThreads, sizeof(Shared), stream>>>(map_q, map_g, a);
   cuda::check(cudaGetLastError(), "launch sparse_mla backward");
 }
 
@@ -318,14 +337,14 @@ void launch(const CUtensorMap& map_q, const CUtensorMap& map_g, const Arguments&
 
 void launch_queries(const SparseMlaBackwardParams& p, const CUtensorMap& map_q, const CUtensorMap& map_g,
                     const Chunk& chunk, cudaStream_t stream) {
-  const int group = chunk.lists.group;
+  const int group = chunk.lists.group, blocks = (p.heads + kHeadBlock - 1) / kHeadBlock;
   const Arguments a{lists_of(p, chunk),
               first_list(chunk),
               chunk.first_row,
               chunk.first_row + chunk.rows,
-              groups_of(chunk),
+              static_cast<int>(groups_of(chunk)) * blocks,
               p.heads,
-              (p.heads + kHeadBlock - 1) / kHeadBlock,
+              blocks,
               group,
               row_shift(p.heads),
               chunk.lists.places,

@@ -225,8 +225,9 @@ int64_t words_of(const SparseMlaParams& p) { return (p.keys + 31) / 32; }
 
 void launch_count_named(const SparseMlaBackwardParams& p, const Mentions& out) {
   const int64_t words = words_of(p);
-  cuda::check(cudaMemsetAsync(out.bits, 0, sizeof(uint32_t) * words * out.stride, p.stream),
-              "clear the mentions of keys");
+  if (out.bits)
+    cuda::check(cudaMemsetAsync(out.bits, 0, sizeof(uint32_t) * words * out.stride, p.stream),
+                "clear the mentions of keys");
   cuda::check(cudaMemsetAsync(out.marks, 0, sizeof(uint32_t) * words, p.stream), "clear the marks of keys");
   cuda::check(cudaMemsetAsync(out.named, 0, sizeof(int32_t), p.stream), "clear the count of keys");
   const int64_t sample = std::min<int64_t>(p.queries, kNamingQueries);

@@ -8,10 +8,10 @@
 // The tensor core alternates between the scores of tile i + 1 and the values of tile i, whose weights come to be while
 // the values of tile i - 1 are added: warpgroup 0 lets tile i go when the scores of tile i + 1 are nearly done.
 //
-// Queries in registers leave room for almost three tiles in shared memory: three buffers hold value panels 0 2 3 4 5
-// and rope, two hold panels 1 6 7, which are needed last and free first. A panel is 64 keys x 64 columns. Weights take
-// the place of the rope panel. Ahead of an item's tiles the queries pass through a buffer of the ring on their way to
-// registers.
+// Queries in registers leave room for almost three tiles in shared memory: three buffers hold value panels 0 2 3 4 6
+// and rope, two hold panels 1 5 7, which are needed last and free first: they come last too, and the copies of their
+// neighbours have brought them into the L2 cache by then. A panel is 64 keys x 64 columns. Weights take the place of
+// the rope panel. Ahead of an item's tiles the queries pass through a buffer of the ring on their way to registers.
 //
 // The maximum that weights refer to follows only when a weight passes 2^8: sums and outputs are then scaled once, and
 // most tiles need no maximum at all.
@@ -34,7 +34,7 @@ constexpr int kBuffers = 3;
 constexpr int kPanelStep = kPanelBytes >> 4;  // in operand descriptors
 constexpr int kTileBytes = 6 * kPanelBytes, kLateBytes = 3 * kPanelBytes;
 constexpr int kRegisterPanels = 5;            // of the queries
-__device__ constexpr int kPanelOf[6] = {0, 2, 3, 4, 5, 8}, kLatePanelOf[3] = {1, 6, 7};
+__device__ constexpr int kPanelOf[6] = {0, 2, 3, 4, 6, 8}, kLatePanelOf[3] = {1, 5, 7};
 
 struct Shared {
   alignas(1024) char tile[kBuffers][6][kPanelBytes];  // panels kPanelOf; the weights take the place of the last, rope
@@ -333,9 +333,11 @@ __device__ void gather_tiles(const CUtensorMap* map_q, const Arguments& a, Share
         const bool read = key[j] >= 0 && key[j] < a.lists.keys;
         const char* from = a.kv + (read ? key[j] * a.kv_bytes : 0) + lane % 8 * 16;
 #pragma unroll
-        for (int p = 0; p < 6; ++p)
-          cuda::copy16_or_zero((to ^ (j & 1) << 6) + tile_ring.at * kTileBytes + p * kPanelBytes + j * 512,
-                               from + kPanelOf[p] * 128, read);
+        for (int p = 0; p < 6; ++p) {
+          const uint32_t into = (to ^ (j & 1) << 6) + tile_ring.at * kTileBytes + p * kPanelBytes + j * 512;
+          if (kPanelOf[p] % 2) cuda::copy16_or_zero(into, from + kPanelOf[p] * 128, read);
+          else cuda::copy16_or_zero_and_256(into, from + kPanelOf[p] * 128, read);
+        }
       }
       cuda::mbarrier_arrive_after_copies(&s.full[tile_ring.at]);
       uint32_t word = 0;
@@ -420,7 +422,8 @@ __device__ void add_values(const Arguments& a, Shared& s) {
     const int head = item % a.halves * kHeadBlock + head_row;
     __nv_bfloat16* row = a.o + (int64_t{item / a.halves} * a.heads + head) * kLatent + side * 256 + 8 * (lane % 4);
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
+    for (int i = 0; i < 8; ++i) {
+      const int panel = side ? 1 - i / 4 + i % 4 / 2 * 2 : i / 2, column = panel * 64 + i % 2 * 32;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         uint32_t w[4];
@@ -431,9 +434,9 @@ __device__ void add_values(const Arguments& a, Shared& s) {
         }
         const uint4 out = transpose_quad(w[0], w[1], w[2], w[3]);
         if (head + 8 * h < a.heads)
-          __stcs(reinterpret_cast<uint4*>(row + h * (8 * kLatent) + (side ? 1 - i / 4 : i / 4) * 128 + i % 4 * 32),
-                 out);
+          __stcs(reinterpret_cast<uint4*>(row + h * (8 * kLatent) + column), out);
       }
+    }
   }
 }
 

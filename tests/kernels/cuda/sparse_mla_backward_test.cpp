@@ -1,4 +1,5 @@
 // The backward kernels of sparse_mla against plain loops in fp64, the same bits in every run, and what does not fit.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -99,6 +100,20 @@ TEST_F(SparseMla, BackwardOfListsWithMuchInCommon) {
 TEST_F(SparseMla, BackwardOfLongUnions) {  // of eight lists, longer than what is put together in shared memory at once
   Problem x(16, 8192, 8, 2048, 43);
   check_backward(x, "backward, 8 heads, long unions");
+}
+
+// Of more than 24,576 keys dkv is summed a half of the columns at a time. Eight queries each have one list: pairs of
+// groups are taken at once.
+TEST_F(SparseMla, BackwardOfManyNamedKeys) {
+  for (int heads : {128, 64, 16}) {
+    Problem x(128, 30000, heads, 4096, 47 + heads);
+    std::vector<bool> named(30000);
+    for (int64_t t = 0; t < x.queries; ++t)
+      for (int i = 0; i < x.k; ++i) named[x.indices[t * x.k + i] = x.indices[t / 8 * 8 * x.k + i]] = true;
+    ASSERT_GT(std::count(named.begin(), named.end(), true), 24576);
+    std::printf("%d heads\n", heads);
+    check_backward(x, "backward, many named keys", 32);
+  }
 }
 
 void check_repeats(int heads, int64_t keys, int cached_keys, int repeats) {
