@@ -298,7 +298,7 @@ TEST_F(IndexerKlDense, NothingAllocatedBesideTheWorkspace) {
     cuda::check(cudaDeviceSynchronize(), "run the dense indexer loss");
     cuda::check(cudaMemGetInfo(free, &all), "ask for free memory");
   }
-  EXPECT_EQ(before, after);
+  EXPECT_LE(before, after);
 }
 
 TEST_F(IndexerKlDense, ScoresInE4M3PassTheGradientStraightThrough) {
