@@ -141,6 +141,8 @@ void check_repeats(int heads, int64_t keys, int cached_keys, int repeats) {
 
 TEST_F(SparseMla, BackwardRepeatsBitForBit) { check_repeats(128, 2000, 49152, 1000); }
 TEST_F(SparseMla, BackwardByKeyRepeatsBitForBit) { check_repeats(128, 2000, /*cached_keys=*/0, 1000); }
+// Half of the columns at a time.
+TEST_F(SparseMla, BackwardOfManyNamedKeysRepeatsBitForBit) { check_repeats(128, 40000, 49152, 100); }
 // Of 1000 keys some pairs of lists have enough in common to be taken at once, others do not.
 TEST_F(SparseMla, BackwardOf64HeadsRepeatsBitForBit) { check_repeats(64, 1000, 49152, 300); }
 TEST_F(SparseMla, BackwardOf16HeadsRepeatsBitForBit) { check_repeats(16, 2000, 49152, 300); }
