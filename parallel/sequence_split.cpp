@@ -1,7 +1,5 @@
 #include "parallel/sequence_split.h"
 
-#include <algorithm>
-#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -62,13 +60,10 @@ std::vector<int64_t> SequenceSplit::gathered_from_natural() const {
   return order;
 }
 
-std::vector<int64_t> SequenceSplit::natural_from_gathered() const { return ascending_order(gathered_from_natural()); }
-
-std::vector<int64_t> ascending_order(const std::vector<int64_t>& rows) {
-  std::vector<int64_t> place(rows.empty() ? 0 : 1 + *std::max_element(rows.begin(), rows.end()), -1), order;
-  order.reserve(rows.size());
-  for (size_t i = 0; i < rows.size(); ++i) place[rows[i]] = static_cast<int64_t>(i);
-  std::copy_if(place.begin(), place.end(), std::back_inserter(order), [](int64_t i) { return i >= 0; });
+std::vector<int64_t> SequenceSplit::natural_from_gathered() const {
+  const std::vector<int64_t> natural = gathered_from_natural();
+  std::vector<int64_t> order(natural.size());
+  for (size_t gathered = 0; gathered < natural.size(); ++gathered) order[natural[gathered]] = gathered;
   return order;
 }
 

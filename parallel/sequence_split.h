@@ -50,7 +50,4 @@ class SequenceSplit {
   int context_, tensor_;
 };
 
-/// order[n] with ascending = rows[order]. rows: n different numbers from 0 on.
-std::vector<int64_t> ascending_order(const std::vector<int64_t>& rows);
-
 }  // namespace dsa

@@ -14,7 +14,6 @@ TEST(SequenceSplit, ZigzagByHand) {
   EXPECT_EQ(split.natural_rows(0, 1), (std::vector<int64_t>{1, 6, 9, 14}));
   EXPECT_EQ(split.natural_rows(1), (std::vector<int64_t>{2, 5, 10, 13, 3, 4, 11, 12}));
   EXPECT_EQ(split.own_range(1), (Rows{4, 4}));
-  EXPECT_EQ(ascending_order(split.natural_rows(1)), (std::vector<int64_t>{0, 4, 5, 1, 2, 6, 7, 3}));
 }
 
 TEST(SequenceSplit, GatheredAndNaturalOrderAreInverse) {

@@ -1,6 +1,7 @@
 // What must hold of the model by itself, fp64, one process: packed documents are separate runs, top-k over everything is
 // dense attention, the warm-up leaves the backbone alone.
 #include <ATen/ops/cat.h>
+#include <ATen/ops/tensor.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -140,7 +141,7 @@ TEST_F(ModelTest, BlocksChangeNothing) {
 // bf16 has 2^-8 of relative rounding; dense, because a flipped key changes everything after it. The weights are bf16
 // numbers, so only activations and gradients are rounded.
 TEST(RowOrder, UndoesItselfForwardAndBackward) {
-  const RowOrder order(std::vector<int64_t>{2, 0, 3, 1});
+  const RowOrder order(at::tensor(at::ArrayRef<int64_t>({2, 0, 3, 1})));
   const at::Tensor x = random_tensor({4, 3}, 5).requires_grad_(true), g = random_tensor({4, 3}, 6);
   const at::Tensor y = order.apply(x);
   EXPECT_TRUE(y[0].equal(x[2]));

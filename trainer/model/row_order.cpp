@@ -1,6 +1,6 @@
 #include "trainer/model/row_order.h"
 
-#include <ATen/ops/from_blob.h>
+#include <ATen/ops/argsort.h>
 #include <ATen/ops/index_select.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -17,18 +17,9 @@ struct Permute : torch::autograd::Function<Permute> {
   }
 };
 
-at::Tensor int64_tensor(const std::vector<int64_t>& values) {
-  return at::from_blob(const_cast<int64_t*>(values.data()), {static_cast<int64_t>(values.size())}, at::kLong).clone();
-}
-
 }  // namespace
 
-RowOrder::RowOrder(const std::vector<int64_t>& order) {
-  std::vector<int64_t> back(order.size());
-  for (size_t i = 0; i < order.size(); ++i) back[order[i]] = static_cast<int64_t>(i);
-  to_ = int64_tensor(order);
-  back_ = int64_tensor(back);
-}
+RowOrder::RowOrder(const at::Tensor& order) : to_(order), back_(at::argsort(order)) {}
 
 at::Tensor RowOrder::apply(const at::Tensor& x) const { return to_.defined() ? Permute::apply(x, to_, back_) : x; }
 at::Tensor RowOrder::undo(const at::Tensor& y) const { return to_.defined() ? Permute::apply(y, back_, to_) : y; }

@@ -3,17 +3,14 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <cstdint>
-#include <vector>
-
 namespace dsa {
 
 class RowOrder {
  public:
   // Leaves rows as they are.
   RowOrder() = default;
-  // order: every number from 0 to n - 1 once, the row of x that becomes row i of y.
-  explicit RowOrder(const std::vector<int64_t>& order);
+  // order: int64 [n], every number from 0 to n - 1 once: the row of x that becomes row i of y.
+  explicit RowOrder(const at::Tensor& order);
 
   // x [n, ...] -> y, and y -> x. Differentiable.
   at::Tensor apply(const at::Tensor& x) const;

@@ -1,5 +1,6 @@
 #include "trainer/model/token_batch.h"
 
+#include <ATen/ops/argsort.h>
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
@@ -82,8 +83,8 @@ TokenBatch make_batch(const std::vector<Sample>& samples, const ModelConfig& con
   b.start_N = own_part(start_T);
   b.end_N = own_part(end_T);
   b.stream_row_N = own_part(int64_tensor(rows));
-  if (!split.is_identity()) b.to_stream = RowOrder(split.natural_from_gathered());
-  if (degrees.tensor > 1) b.to_ascending = RowOrder(ascending_order(rows));
+  if (!split.is_identity()) b.to_stream = RowOrder(int64_tensor(split.natural_from_gathered()));
+  if (degrees.tensor > 1) b.to_ascending = RowOrder(at::argsort(int64_tensor(rows)));
   b.start_A = b.to_ascending.apply(start_T);
   b.end_A = b.to_ascending.apply(end_T);
   const auto statistics = dtype == at::kDouble ? at::kDouble : at::kFloat;
