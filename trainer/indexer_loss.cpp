@@ -22,8 +22,6 @@
 namespace dsa {
 namespace {
 
-constexpr int64_t kRecallRows = 32;  // rows a tensor group measures the sparse stage's recall on
-
 double total(const at::Tensor& x) { return x.to(at::kDouble).sum().item<double>(); }
 
 // Accumulates block gradients.
@@ -62,27 +60,29 @@ void record(const ForwardPass& pass, const std::string& name, int64_t layer, std
   if (pass.recorder) pass.recorder->rows_N[name + "." + std::to_string(layer) + ".rows"] = at::cat(blocks);
 }
 
-// Adds the share of the full attention's mass that the selected keys hold, on evenly spaced rows.
+// Adds the share of the full attention's mass that the selected keys hold, on the sample rows.
 void measure_recall(const IndexerLossTarget& target, const TopK& selection, const LatentQueries& latent_queries,
                     const at::Tensor& kv_SE, const ForwardPass& pass) {
   LayerReport& report = pass.report.layers[target.layer];
   const TokenBatch& b = pass.batch;
-  const int64_t rows_N = selection.indices_TK.size(0), ranks = target.mesh.layout().degrees().tensor;
-  const int64_t sampled = std::min(std::max<int64_t>(kRecallRows / ranks, 1), rows_N);
   const auto longs = b.start_N.options();
-  const at::Tensor rows = (at::arange(1, sampled + 1, longs) * rows_N).div(sampled, "floor") - 1;
-  const at::Tensor start = b.start_N.index_select(0, rows), end = b.end_N.index_select(0, rows);
-  const KeyRange keys = key_range(start, end);
-  const at::Tensor q_RHE = latent_queries(rows), kv = kv_SE.narrow(0, keys.first, keys.count);
-  at::Tensor s_RHS = wide_mm(q_RHE.flatten(0, 1), kv.t()).view({sampled, -1, keys.count}) * target.scale;
-  const at::Tensor key = at::arange(keys.first, keys.first + keys.count, longs).unsqueeze(0);
-  const at::Tensor hidden = (key < start.unsqueeze(1)).logical_or(key >= end.unsqueeze(1));
-  s_RHS.masked_fill_(hidden.unsqueeze(1), -std::numeric_limits<double>::infinity());
-  const at::Tensor p_RS = s_RHS.softmax(2).sum(1) / static_cast<double>(target.all_heads);
-  const at::Tensor picked = selection.indices_TK.index_select(0, rows).to(at::kLong);
-  const at::Tensor held = p_RS.gather(1, (picked - keys.first).clamp_min(0)) * (picked >= 0);
-  report.recall += total(held);
-  report.recall_rows += static_cast<double>(sampled);
+  at::Tensor sum = at::zeros({}, longs.dtype(at::kDouble));
+  for (int64_t sequence = 0; sequence < b.sequences; ++sequence) {
+    const at::Tensor& rows = b.sample_rows_B[sequence];
+    const int64_t sampled = rows.size(0), first = sequence * b.length;
+    if (sampled == 0) continue;
+    const at::Tensor q_RHE = latent_queries(rows), kv_TE = kv_SE.narrow(0, first, b.length);
+    at::Tensor s_RHT = wide_mm(q_RHE.flatten(0, 1), kv_TE.t()).view({sampled, -1, b.length}) * target.scale;
+    const at::Tensor key = at::arange(first, first + b.length, longs).unsqueeze(0);
+    const at::Tensor hidden = (key < b.start_N.index_select(0, rows).unsqueeze(1))
+                                  .logical_or(key >= b.end_N.index_select(0, rows).unsqueeze(1));
+    s_RHT.masked_fill_(hidden.unsqueeze(1), -std::numeric_limits<double>::infinity());
+    const at::Tensor p_RT = s_RHT.softmax(2).sum(1) / static_cast<double>(target.all_heads);
+    const at::Tensor picked = selection.indices_TK.index_select(0, rows).to(at::kLong);
+    sum += (p_RT.gather(1, (picked - first).clamp_min(0)) * (picked >= 0)).to(at::kDouble).sum();
+    report.recall_rows += static_cast<double>(sampled);
+  }
+  report.recall += sum.item<double>();
 }
 
 }  // namespace

@@ -16,7 +16,6 @@
 namespace dsa {
 
 struct IndexerLossTarget {
-  Mesh& mesh;
   int64_t layer;      // entry of ModelReport::layers
   int64_t all_heads;  // of the whole model: the target is the mean over them
   double scale;       // the main attention's softmax scale
@@ -28,7 +27,7 @@ void dense_indexer_loss(const IndexerLossTarget& target, const IndexerProjection
                         const at::Tensor& k_SHD, const at::Tensor& lse_NH, const ForwardPass& pass);
 
 // Of the own rows: the selected keys; mass_NK, the sum over all heads of the probability of each; latent_queries (int64 [R]
-// -> q [R,H,E]) and kv_SE serve the recall of the full attention's mass, measured on a few rows.
+// -> q [R,H,E]) and kv_SE serve the recall of the full attention's mass, measured on the sample rows.
 using LatentQueries = std::function<at::Tensor(const at::Tensor& rows)>;
 void sparse_indexer_loss(const IndexerLossTarget& target, const IndexerProjection& projection, const TopK& selection,
                          const at::Tensor& mass_NK, const LatentQueries& latent_queries, const at::Tensor& kv_SE,

@@ -26,7 +26,7 @@ Outcome train(const ResolvedRecipe& recipe, Mesh& mesh, bool save = false) {
     const StepReport r = trainer.step(n);
     for (const auto& x : {r.lm_loss, r.mtp_loss, r.kl_mean, r.grad_norm_backbone, r.grad_norm_indexer})
       out.numbers.push_back(x.value_or(0));
-    out.numbers.push_back(mean(r.recall_layer) * (r.stage == "warmup"));  // sparse: measured on rows that the mesh picks
+    out.numbers.push_back(mean(r.recall_layer));
   }
   out.numbers.push_back(trainer.held_out_loss());
   for (const Parameter& p : trainer.model().parameters().parameters)

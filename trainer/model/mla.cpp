@@ -120,7 +120,7 @@ at::Tensor Mla::attend_measured(const at::Tensor& qr_NQ, const at::Tensor& kv_SE
   const WholeMatrices whole = whole_matrices();
   const Expanded x = expand(qr_NQ, kv_SE, whole.q_b, whole.kv_b, b.rope_N);
   const DenseMlaOutput out = dense_mla(x.q_RHD, x.k_SHD, x.v_SHV, b.start_N, b.end_N, scale_, pass.plan.query_block);
-  dense_indexer_loss({mesh_, layer_, all_heads_, scale_, indexer_->top_k()}, indexer, x.q_RHD.detach(), x.k_SHD.detach(),
+  dense_indexer_loss({layer_, all_heads_, scale_, indexer_->top_k()}, indexer, x.q_RHD.detach(), x.k_SHD.detach(),
                      out.lse_TH.detach(), pass);
   return at::linear(out.o_THV.reshape({qr_NQ.size(0), all_heads_ * value_}), whole.o);
 }
@@ -152,7 +152,7 @@ at::Tensor Mla::attend_sparse(const at::Tensor& qr_NQ, const at::Tensor& kv_SE, 
       return latent_queries(qr.index_select(0, rows), q_b, kv_b,
                             {rope.cos_TR2.index_select(0, rows), rope.sin_TR2.index_select(0, rows)});
     };
-    sparse_indexer_loss({mesh_, layer_, all_heads_, scale_, indexer_->top_k()}, indexer, selection, target->mass_NK, latent,
+    sparse_indexer_loss({layer_, all_heads_, scale_, indexer_->top_k()}, indexer, selection, target->mass_NK, latent,
                         kv, pass);
   };
   const auto attend = [this, pass, measures, backward_follows, selection, learn](const Block& block,

@@ -28,6 +28,11 @@ int64_t padded_length(int64_t length, const Degrees& degrees) {
   return (length + unit - 1) / unit * unit;
 }
 
+// Whether position i is the last of one of kSampleRows equal stretches of a sequence.
+bool is_sampled(int64_t i, int64_t tokens) {
+  return i < tokens && (i + 1) * kSampleRows / tokens > i * kSampleRows / tokens;
+}
+
 }  // namespace
 
 // Built on the host, used on the device.
@@ -35,7 +40,7 @@ void TokenBatch::move_to(at::Device device) {
   for (at::Tensor* t : {&start_A, &end_A, &start_N, &end_N, &stream_row_N, &real_N, &rope_A.cos_TR2, &rope_A.sin_TR2,
                         &rope_N.cos_TR2, &rope_N.sin_TR2})
     if (t->defined()) *t = t->to(device);
-  for (auto* list : {&inputs_T, &targets_T})
+  for (auto* list : {&inputs_T, &targets_T, &sample_rows_B})
     for (at::Tensor& t : *list) t = t.to(device);
   for (RowOrder* order : {&to_stream, &to_ascending}) order->move_to(device);
 }
@@ -78,6 +83,12 @@ TokenBatch make_batch(const std::vector<Sample>& samples, const ModelConfig& con
       targets[d].push_back(padding ? kNoTarget : token_after(sample, i, d + 1));
     }
   }
+  std::vector<std::vector<int64_t>> sample_rows(b.sequences);
+  for (int64_t n = 0; n < own.extent; ++n) {
+    const int64_t row = rows[own.offset + n];
+    if (is_sampled(row % b.length, tokens)) sample_rows[row / b.length].push_back(n);
+  }
+  for (const std::vector<int64_t>& numbers : sample_rows) b.sample_rows_B.push_back(int64_tensor(numbers));
   const auto own_part = [&](const at::Tensor& x_T) { return x_T.narrow(0, own.offset, own.extent); };
   const at::Tensor start_T = int64_tensor(start), end_T = int64_tensor(end);
   b.start_N = own_part(start_T);

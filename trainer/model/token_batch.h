@@ -20,6 +20,7 @@
 namespace dsa {
 
 constexpr int64_t kNoTarget = -100;
+constexpr int64_t kSampleRows = 32;  // of a sequence, for what is too dear to measure on all of them
 
 struct TokenBatch {
   int64_t sequences = 0;  // B
@@ -30,6 +31,9 @@ struct TokenBatch {
   at::Tensor start_A, end_A, start_N, end_N;
   at::Tensor stream_row_N;  // which stream row each own row is
   at::Tensor real_N;        // 1 for tokens, 0 for padding, in the statistics dtype
+  // Of each sequence, those of its evenly spaced sample rows that this rank owns (numbers of own rows, int64; perhaps none).
+  // Their positions do not depend on the mesh.
+  std::vector<at::Tensor> sample_rows_B;
   RowOrder to_stream;       // of rows gathered over SEQUENCE: into the stream's order
   RowOrder to_ascending;    // of rows gathered over TENSOR: T -> A
   RopeTable rope_A, rope_N;
