@@ -2,6 +2,7 @@
 #include <stdexcept>
 
 #include "kernels/cross_entropy/native.h"
+#include "kernels/dense_mla/native.h"
 #include "kernels/grouped_mlp/native.h"
 #include "kernels/indexer_kl/native.h"
 #include "kernels/indexer_topk/native.h"
@@ -42,6 +43,12 @@ bool sparse_mla_supports(const at::Tensor&, const at::Tensor&, const at::Tensor&
 SparseMlaOutput sparse_mla_forward(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double) { unreachable(); }
 reference::SparseMlaGradients sparse_mla_backward(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                   const at::Tensor&, const at::Tensor&, const at::Tensor&, double, int64_t) {
+  unreachable();
+}
+
+bool dense_mla_supports(const at::Tensor&, const at::Tensor&, const char** why_not) { return refuse(why_not); }
+reference::DenseMlaGradients dense_mla_backward(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double) {
   unreachable();
 }
 

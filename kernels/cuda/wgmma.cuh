@@ -51,12 +51,16 @@ __device__ __forceinline__ void wgmma_settle(float (&d)[n]) {
 #define DSA_REGISTERS_64 \
   DSA_REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define DSA_REGISTERS_96 \
+  DSA_REGISTERS_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define DSA_ACCUMULATORS_4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
 #define DSA_ACCUMULATORS_16_FROM(c, i) \
   DSA_ACCUMULATORS_4(c, i), DSA_ACCUMULATORS_4(c, i + 4), DSA_ACCUMULATORS_4(c, i + 8), DSA_ACCUMULATORS_4(c, i + 12)
 #define DSA_ACCUMULATORS_16(c) DSA_ACCUMULATORS_16_FROM(c, 0)
 #define DSA_ACCUMULATORS_32(c) DSA_ACCUMULATORS_16(c), DSA_ACCUMULATORS_16_FROM(c, 16)
 #define DSA_ACCUMULATORS_64(c) DSA_ACCUMULATORS_32(c), DSA_ACCUMULATORS_16_FROM(c, 32), DSA_ACCUMULATORS_16_FROM(c, 48)
+#define DSA_ACCUMULATORS_96(c) DSA_ACCUMULATORS_64(c), DSA_ACCUMULATORS_16_FROM(c, 64), DSA_ACCUMULATORS_16_FROM(c, 80)
 
 // Two forms of each: the first overwrites d (so that d needs no register before), the second adds to it.
 /// K = 32. d = A B^T.

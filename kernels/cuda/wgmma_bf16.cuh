@@ -91,4 +91,15 @@ __device__ __forceinline__ void wgmma_bf16_n128(float (&d)[64], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(b_across), "n"(a_sign));
 }
 
+/// N = 192, A in registers.
+template <bool b_across>
+__device__ __forceinline__ void wgmma_bf16_n192(float (&d)[96], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
+      DSA_REGISTERS_96
+      "}, {%96, %97, %98, %99}, %100, 1, 1, 1, %101;"
+      : DSA_ACCUMULATORS_96("+f")
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(b_across));
+}
+
 }  // namespace dsa::cuda

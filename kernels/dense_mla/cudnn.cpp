@@ -3,7 +3,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
-#include <ATen/ops/_scaled_dot_product_cudnn_attention_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/logaddexp.h>
 #include <ATen/ops/zeros.h>
@@ -49,25 +48,7 @@ Part attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool 
   return {std::get<0>(out), std::get<1>(out).view({1, q.size(1), q.size(2)})};
 }
 
-// Adds the part's dk and dv to the sums of its keys, in fp32 where parts of several runs meet.
-struct KeySums {
-  at::Tensor dk_SHD, dv_SHV;
-  void add(int64_t first, int64_t count, const at::Tensor& dk, const at::Tensor& dv) {
-    rows_of(dk_SHD, first, count).add_(dk);
-    rows_of(dv_SHV, first, count).add_(dv);
-  }
-};
-
 }  // namespace
-
-bool supports(const at::Tensor& q_THD, const at::Tensor& v_SHV, const char** why_not) {
-  *why_not = nullptr;
-  const int64_t D = q_THD.size(2), V = v_SHV.size(2);
-  if (!q_THD.is_cuda()) *why_not = "not on a GPU";
-  else if (q_THD.scalar_type() != at::kBFloat16) *why_not = "cuDNN takes bf16";
-  else if (!(D == 192 && V == 128) && !(D == V && D <= 128 && D % 8 == 0)) *why_not = "head sizes other than 192/128";
-  return !*why_not;
-}
 
 DenseMlaOutput dense_mla_forward(const at::Tensor& q_THD, const at::Tensor& k_SHD, const at::Tensor& v_SHV,
                                  const at::Tensor& start_T, const at::Tensor& end_T, double scale) {
@@ -94,42 +75,6 @@ DenseMlaOutput dense_mla_forward(const at::Tensor& q_THD, const at::Tensor& k_SH
     out.lse_TH.narrow(0, r.row, r.rows).copy_(p.lse_1HN.squeeze(0).t());
   }
   return out;
-}
-
-reference::DenseMlaGradients dense_mla_backward(const at::Tensor& do_THV, const at::Tensor& q_THD, const at::Tensor& k_SHD,
-                                                const at::Tensor& v_SHV, const at::Tensor& start_T,
-                                                const at::Tensor& end_T, const at::Tensor& o_THV,
-                                                const at::Tensor& lse_TH, double scale) {
-  const int64_t T = q_THD.size(0), H = q_THD.size(1), S = k_SHD.size(0);
-  const auto runs = runs_of(KeyRanges(start_T, end_T, T, S));
-  const at::Tensor seed = at::zeros({}, q_THD.options().dtype(at::kLong)), none;
-  const auto backward = [&](const Run& r, int64_t first, int64_t count, bool causal) {
-    // [1,H,rows,1]: every part of a run gets the merged statistics.
-    const at::Tensor lse = lse_TH.narrow(0, r.row, r.rows).t().contiguous().view({1, H, r.rows, 1});
-    return at::_scaled_dot_product_cudnn_attention_backward(
-        rows_of(do_THV, r.row, r.rows), rows_of(q_THD, r.row, r.rows), rows_of(k_SHD, first, count), rows_of(v_SHV, first, count),
-        rows_of(o_THV, r.row, r.rows), lse, seed, seed, none, none, none, r.rows, count, 0.0, causal, scale);
-  };
-  const auto natural = [](const at::Tensor& x_1HNW) { return x_1HNW.squeeze(0).transpose(0, 1); };
-  if (runs.size() == 1 && runs[0].rows == T && runs[0].full == 0 && S == T) {
-    const auto [dq, dk, dv] = backward(runs[0], 0, T, true);
-    return {natural(dq), natural(dk), natural(dv)};
-  }
-  const auto fp32 = q_THD.options().dtype(at::kFloat);
-  at::Tensor dq_THD = at::zeros(q_THD.sizes(), q_THD.options());
-  KeySums sums{at::zeros(k_SHD.sizes(), fp32), at::zeros(v_SHV.sizes(), fp32)};
-  for (const Run& r : runs) {
-    const auto [dq, dk, dv] = backward(r, r.start + r.full, r.rows, true);
-    sums.add(r.start + r.full, r.rows, dk, dv);
-    at::Tensor dq_run = dq;
-    if (r.full > 0) {
-      const auto [dq_full, dk_full, dv_full] = backward(r, r.start, r.full, false);
-      sums.add(r.start, r.full, dk_full, dv_full);
-      dq_run = dq.to(at::kFloat) + dq_full;
-    }
-    rows_of(dq_THD, r.row, r.rows).copy_(dq_run);
-  }
-  return {dq_THD, sums.dk_SHD.to(k_SHD.scalar_type()), sums.dv_SHV.to(v_SHV.scalar_type())};
 }
 
 }  // namespace dsa::cudnn

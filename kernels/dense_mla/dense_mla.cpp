@@ -5,6 +5,7 @@
 
 #include "kernels/check.h"
 #include "kernels/dense_mla/cudnn.h"
+#include "kernels/dense_mla/native.h"
 #include "kernels/dense_mla/reference.h"
 #include "kernels/native.h"
 
@@ -14,10 +15,11 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-bool uses_cudnn(const at::Tensor& q_THD, const at::Tensor& v_SHV) {
+// cuDNN forward and our own kernels backward, or the reference for both.
+bool on_gpu(const char* pass, const char* implementation, const at::Tensor& q_THD, const at::Tensor& v_SHV) {
   const char* why_not = nullptr;
-  const bool yes = cudnn::supports(q_THD, v_SHV, &why_not);
-  ran("dense_mla", yes ? "cuDNN" : std::string("reference (") + why_not + ")");
+  const bool yes = native::dense_mla_supports(q_THD, v_SHV, &why_not);
+  ran(pass, yes ? implementation : std::string("reference (") + why_not + ")");
   return yes;
 }
 
@@ -25,7 +27,7 @@ struct DenseMla : torch::autograd::Function<DenseMla> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& q_THD, const at::Tensor& k_SHD,
                                const at::Tensor& v_SHV, const at::Tensor& start_T, const at::Tensor& end_T,
                                double scale, int64_t query_block, const DenseMlaOutput* known) {
-    const bool cudnn = uses_cudnn(q_THD, v_SHV);
+    const bool cudnn = on_gpu("dense_mla", "cuDNN", q_THD, v_SHV);
     const DenseMlaOutput out =
         known   ? *known
         : cudnn ? cudnn::dense_mla_forward(q_THD.detach(), k_SHD.detach(), v_SHV.detach(), start_T, end_T, scale)
@@ -43,8 +45,8 @@ struct DenseMla : torch::autograd::Function<DenseMla> {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor q = saved[0].detach(), k = saved[1].detach(), v = saved[2].detach(), o = saved[5].detach();
     const double scale = ctx->saved_data["scale"].toDouble();
-    const auto d = uses_cudnn(q, v)
-                       ? cudnn::dense_mla_backward(grads[0], q, k, v, saved[3], saved[4], o, saved[6].detach(), scale)
+    const auto d = on_gpu("dense_mla_backward", "sm90", q, v)
+                       ? native::dense_mla_backward(grads[0], q, k, v, saved[3], saved[4], o, saved[6].detach(), scale)
                        : reference::dense_mla_backward(grads[0], q, k, v, saved[3], saved[4], o, saved[6].detach(), scale,
                                                        ctx->saved_data["query_block"].toInt());
     result[0] = d.dq_THD;

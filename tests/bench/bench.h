@@ -40,6 +40,7 @@ struct Options {
   std::string only;     ///< names that do not contain this are left out
 };
 
+void run_dense_mla_suite(const Options& options, Report& report);
 void run_indexer_suite(const Options& options, Report& report);
 void run_indexer_backward_suite(const Options& options, Report& report);
 void run_indexer_kl_suite(const Options& options, Report& report);

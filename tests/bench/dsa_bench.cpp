@@ -15,7 +15,8 @@ struct Suite {
   const char* name;
   void (*run)(const dsa::bench::Options&, dsa::bench::Report&);
 };
-const Suite kSuites[] = {{"indexer", dsa::bench::run_indexer_suite},
+const Suite kSuites[] = {{"dense_mla", dsa::bench::run_dense_mla_suite},
+                         {"indexer", dsa::bench::run_indexer_suite},
                          {"indexer_backward", dsa::bench::run_indexer_backward_suite},
                          {"indexer_kl", dsa::bench::run_indexer_kl_suite},
                          {"sparse_chain", dsa::bench::run_sparse_chain_suite},

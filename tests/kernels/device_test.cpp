@@ -88,6 +88,39 @@ TEST_F(DeviceTest, DenseAttentionByRuns) {
   EXPECT_TRUE(std::find(ran.begin(), ran.end(), std::pair<std::string, std::string>("dense_mla", "cuDNN")) != ran.end());
 }
 
+// Rows that end anywhere, and rows without a key.
+TEST_F(DeviceTest, DenseAttentionOfOddLengths) {
+  for (const int64_t T : {3, 63, 64, 65, 127, 128, 129, 1000}) {
+    SCOPED_TRACE(T);
+    std::vector<int64_t> start, end;
+    for (int64_t i = 0; i < T; ++i) start.push_back(i < T / 2 ? 0 : T / 2), end.push_back(i % 50 == 49 ? start.back() : i + 1);
+    const Pair q({T, 3, 192}, 1, gpu_), k({T, 3, 192}, 2, gpu_), v({T, 3, 128}, 3, gpu_), dy({T, 3, 128}, 4, gpu_);
+    dense_mla(q.device, k.device, v.device, ints(start).to(gpu_), ints(end).to(gpu_), 0.08).o_THV.backward(dy.device.detach());
+    dense_mla(q.host, k.host, v.host, ints(start), ints(end), 0.08).o_THV.backward(dy.host.detach());
+    for (const Pair* x : {&q, &k, &v}) EXPECT_LT(relative_l2(x->device.grad(), x->host.grad()), kBf16);
+  }
+}
+
+// As long as sequences are: sums whose order was free would differ in some of 200 million elements.
+TEST_F(DeviceTest, DenseAttentionRepeatsBitForBit) {
+  constexpr int64_t T = 8192, H = 16;
+  const auto random = [&](int64_t width, uint64_t seed) { return random_tensor({T, H, width}, seed).to(at::kBFloat16).to(gpu_); };
+  const at::Tensor q = random(192, 1).requires_grad_(true), k = random(192, 2).requires_grad_(true),
+                   v = random(128, 3).requires_grad_(true), dy = random(128, 4);
+  for (const int64_t document : {T, T / 2}) {
+    const at::Tensor row = at::arange(T, at::TensorOptions(at::kLong).device(gpu_)), start = row.div(document, "floor") * document;
+    std::vector<at::Tensor> first;
+    for (int repeat = 0; repeat < 10; ++repeat) {
+      for (const at::Tensor& x : {q, k, v}) x.mutable_grad().reset();
+      dense_mla(q, k, v, start, row + 1, 0.08).o_THV.backward(dy);
+      if (repeat == 0) first = {q.grad().clone(), k.grad().clone(), v.grad().clone()};
+      EXPECT_TRUE(at::equal(q.grad(), first[0])) << "dq, repeat " << repeat;
+      EXPECT_TRUE(at::equal(k.grad(), first[1])) << "dk, repeat " << repeat;
+      EXPECT_TRUE(at::equal(v.grad(), first[2])) << "dv, repeat " << repeat;
+    }
+  }
+}
+
 // Ascending lists of `k` distinct keys, of which the first lengths[t] count.
 struct Lists {
   at::Tensor indices, lengths;
