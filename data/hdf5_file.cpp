@@ -75,6 +75,13 @@ Dtype plain_dtype(hid_t type, const std::string& what) {
   throw InputError("cannot read " + what, "its element type is none of ours", "write it with little-endian numbers");
 }
 
+// How an object is created, but for the times that HDF5 would keep in it: files of equal contents are equal byte for byte.
+Id without_times(hid_t of) {
+  Id list(check(H5Pcreate(of), "HDF5 failed"), H5Pclose);
+  check(H5Pset_obj_track_times(list, false), "HDF5 failed");
+  return list;
+}
+
 Id access_list() {
   Id list(check(H5Pcreate(H5P_FILE_ACCESS), "HDF5 failed"), H5Pclose);
   check(H5Pset_libver_bounds(list, H5F_LIBVER_LATEST, H5F_LIBVER_LATEST), "HDF5 failed");
@@ -163,8 +170,8 @@ Hdf5File Hdf5File::create(const std::string& path) {
   const Quiet quiet;
   if (path_exists(path))
     throw InputError("cannot write " + path, "it exists already", "choose another name or remove that file first");
-  const Id access = access_list();
-  return Hdf5File(path, check(H5Fcreate(path.c_str(), H5F_ACC_EXCL, H5P_DEFAULT, access), "cannot create " + path, kDiskFull));
+  const Id access = access_list(), root = without_times(H5P_FILE_CREATE);
+  return Hdf5File(path, check(H5Fcreate(path.c_str(), H5F_ACC_EXCL, root, access), "cannot create " + path, kDiskFull));
 }
 
 Hdf5File Hdf5File::open(const std::string& path) {
@@ -199,13 +206,16 @@ void Hdf5File::create_dataset(const std::string& name, Dtype dtype, const std::v
   const Id space(check(shape.empty() ? H5Screate(H5S_SCALAR)
                                      : H5Screate_simple(static_cast<int>(dims.size()), dims.data(), nullptr),
                        problem, kDiskFull), H5Sclose);
-  const Id links(check(H5Pcreate(H5P_LINK_CREATE), problem), H5Pclose);
-  check(H5Pset_create_intermediate_group(links, 1), problem);
-  const Id layout(check(H5Pcreate(H5P_DATASET_CREATE), problem), H5Pclose);
+  const Id group = without_times(H5P_GROUP_CREATE), layout = without_times(H5P_DATASET_CREATE);
+  for (size_t slash = name.find('/', 1); slash != std::string::npos; slash = name.find('/', slash + 1)) {
+    const std::string parent = name.substr(0, slash);
+    if (H5Lexists(id_, parent.c_str(), H5P_DEFAULT) > 0) continue;
+    Id(check(H5Gcreate2(id_, parent.c_str(), H5P_DEFAULT, group, H5P_DEFAULT), problem, kDiskFull), H5Gclose);
+  }
   check(H5Pset_layout(layout, H5D_CONTIGUOUS), problem);
   check(H5Pset_fill_time(layout, H5D_FILL_TIME_NEVER), problem);
   const hid_t type = file_type(dtype);
-  const Id dataset(check(H5Dcreate2(id_, name.c_str(), type, space, links, layout, H5P_DEFAULT), problem, kDiskFull), H5Dclose);
+  const Id dataset(check(H5Dcreate2(id_, name.c_str(), type, space, H5P_DEFAULT, layout, H5P_DEFAULT), problem, kDiskFull), H5Dclose);
   if (plain_dtype(type, name) != dtype) write_text_attribute(dataset, "dtype", dsa::name(dtype), path_);
 }
 

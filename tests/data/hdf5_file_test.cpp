@@ -4,9 +4,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <filesystem>
 #include <numeric>
+#include <thread>
 
+#include "data/file.h"
 #include "tests/data/temp_folder.h"
 
 namespace dsa {
@@ -68,6 +71,22 @@ TEST(Hdf5File, DatasetsAndAttributesComeBack) {
   expect_contains(refusal([&] { file.read_dataset("none", &d); }), "cannot open dataset none");
   EXPECT_THROW(file.read_dataset("bf16", {2}, {2}, back.data()), std::out_of_range);
   EXPECT_THROW(file.read_dataset("bf16", {0, 0}, {1, 1}, back.data()), std::invalid_argument);
+}
+
+// Also when a second has passed: HDF5 keeps times unless told otherwise.
+TEST(Hdf5File, EqualContentsAreEqualBytes) {
+  const TempFolder folder;
+  const std::vector<float> values{1, 2, 3};
+  const auto write = [&](const std::string& name) {
+    Hdf5File file = Hdf5File::create(folder / name);
+    file.write_dataset("a/b/values", Dtype::F32, {3}, values.data());
+    file.write_dataset("a/more", Dtype::F32, {3}, values.data());
+    file.close();
+  };
+  write("one.h5");
+  std::this_thread::sleep_for(std::chrono::milliseconds(1100));
+  write("other.h5");
+  EXPECT_EQ(read_text_file(folder / "one.h5", 1 << 20), read_text_file(folder / "other.h5", 1 << 20));
 }
 
 TEST(Hdf5File, DamagedFilesAreRefused) {

@@ -152,9 +152,13 @@ def newest(run_folder):
     return os.path.join(folder, max(n for n in os.listdir(folder) if n.startswith("step-") and "." not in n))
 
 
-def state(checkpoint):
+def manifest(checkpoint):
     with open(os.path.join(checkpoint, "MANIFEST.json")) as f:
-        return json.load(f)["state"]
+        return json.load(f)
+
+
+def state(checkpoint):
+    return manifest(checkpoint)["state"]
 
 
 def native_tensors(checkpoint):

@@ -64,6 +64,8 @@ class Resume(unittest.TestCase):
         self.assertEqual([name for name in expected if expected[name] != found[name]], [])
         roles = {name.split("/")[0] for name in expected}
         self.assertEqual(roles, {"PARAM", "MOMENT1", "MOMENT2"} | (set() if stage == "warmup" else {"BUFFER"}))
+        shards = [[(s["name"], s["xxh3_128"]) for s in manifest(checkpoint)["files"]] for checkpoint in (straight, resumed)]
+        self.assertEqual(*shards)  # whole files
         changing = {"recipe_text", "recipe_digest"}  # they name the run folder
         for key, value in state(straight).items():
             if key not in changing:
