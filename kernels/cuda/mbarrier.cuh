@@ -48,4 +48,15 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier_address, uint32_t
 }
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) { mbarrier_wait(shared_address(barrier), parity); }
 
+/// The buffer of a ring of n that comes next, and the parity to wait for: 0 to begin with for who reads it, the inverse for who
+/// fills it.
+template <int n>
+struct Stage {
+  int index = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++index == n) index = 0, parity ^= 1;
+  }
+};
+
 }  // namespace dsa::cuda

@@ -1,9 +1,9 @@
 // Dense attention's backward pass on Hopper: its checks, its maps, and which keys each stretch of rows sees.
+#include <algorithm>
 #include <climits>
 #include <stdexcept>
 #include <string>
 
-#include "kernels/cuda/check.h"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/dense_mla/sm90_backward.cuh"
 
@@ -48,6 +48,7 @@ bool sm90_supports(const DenseMlaBackwardParams& p, const char** why_not) {
   if (p.heads < 1 || p.heads > 65536) return no("the number of heads is not in 1 to 65536");
   if (p.queries < 0 || p.keys < 0 || p.keys > int64_t{1} << 30 || p.queries > int64_t{1} << 30)
     return no("more than 2^30 queries or keys");
+  if (std::max(p.queries, p.keys) / dense_mla_sm90::kOwn >= (int64_t{1} << 31) / p.heads - 1) return no("more rows and heads than CTAs in a grid");
   for (const DenseMlaOperand* x : {&p.q, &p.k, &p.v, &p.o, &p.d_o}) {
     if (x->stride % 8 || x->head_stride % 8) return no("a stride is not a multiple of 8 elements");
     if (reinterpret_cast<uintptr_t>(x->data) % 16) return no("q, k, v, o or do is not 16-byte aligned");

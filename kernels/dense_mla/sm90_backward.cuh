@@ -8,6 +8,8 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 
+#include "kernels/cuda/arithmetic.cuh"
+#include "kernels/cuda/check.h"
 #include "kernels/cuda/tma.cuh"
 #include "kernels/cuda/wgmma_bf16.cuh"
 #include "kernels/dense_mla/params.h"
@@ -44,6 +46,18 @@ struct Maps {  // boxes of 128 or of 64 rows
   CUtensorMap q, d_o, k, v;
 };
 
+// Of what a CTA owns, and of the tiles: filled by the copy engine, freed by the 256 lanes that multiply.
+struct Barriers {
+  uint64_t own_full, full[kStages], free[kStages];
+
+  __device__ void init() {
+    cuda::mbarrier_init(&own_full, 1);
+    for (int i = 0; i < kStages; ++i) cuda::mbarrier_init(&full[i], 1), cuda::mbarrier_init(&free[i], 256);
+    cuda::mbarrier_init_fence();
+  }
+};
+using Stage = cuda::Stage<kStages>;
+
 void launch_queries(const Maps& maps, const Arguments& a, CUstream_st* stream);
 void launch_keys(const Maps& maps, const Arguments& a, CUstream_st* stream);
 
@@ -73,20 +87,22 @@ __device__ __forceinline__ void accumulate(float (&sum)[96], const uint32_t (&a)
 /// The accumulator that pairs with its next neighbour in register n of the left operand's step j.
 __device__ __forceinline__ constexpr int accumulator(int j, int n) { return 8 * j + n / 2 * 4 + n % 2 * 2; }
 
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float low_half(uint32_t two) { return __uint_as_float(two << 16); }
-__device__ __forceinline__ float high_half(uint32_t two) { return __uint_as_float(two & 0xFFFF0000u); }
-
 /// Columns 8b + 2(lane % 4) and the next of row h of the accumulators' pair, times scale.
 template <int n>
 __device__ __forceinline__ void store(__nv_bfloat16* row, const float (&x)[n], int h, float scale) {
 #pragma unroll
   for (int b = 0; b < n / 4; ++b)
     *reinterpret_cast<uint32_t*>(row + 8 * b + 2 * (threadIdx.x % 4)) = cuda::pack(scale * x[4 * b + 2 * h], scale * x[4 * b + 2 * h + 1]);
+}
+
+/// A CTA for each 128 rows or keys of each head.
+template <class Shared, class Kernel>
+void launch(Kernel kernel, int64_t tiles, const char* what, const Maps& maps, const Arguments& a, CUstream_st* stream) {
+  constexpr int kBytes = sizeof(Shared);
+  static_assert(kBytes <= 227 * 1024, "more than a Hopper block may have");
+  cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), what);
+  kernel<<<static_cast<unsigned>(tiles * a.heads), kThreads, kBytes, stream>>>(maps, a);
+  cuda::check(cudaGetLastError(), what);
 }
 
 }  // namespace dense_mla_sm90

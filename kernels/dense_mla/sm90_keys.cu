@@ -4,7 +4,6 @@
 // walked from the last one on, so that CTAs of one head, which run at a time, read the same rows from the L2 cache; the first
 // keys, which most rows see, come first.
 #include "kernels/cuda/async_copy.cuh"
-#include "kernels/cuda/check.h"
 #include "kernels/dense_mla/sm90_backward.cuh"
 
 namespace dsa {
@@ -19,21 +18,17 @@ struct Shared {
   alignas(16) float bias[kStages][kTile], delta[kStages][kTile];
   int row[kStages];      // first of the tile; -1: no more
   bool whole[kStages];   // all its rows see all of the CTA's keys
-  uint64_t keys_full, full[kStages], free[kStages];
+  Barriers barriers;
 };
 
 // By one warp: 32 tiles are looked at at a time.
 __device__ void copy_tiles(const Maps& maps, const Arguments& a, Shared& s, int key, int head) {
   const int lane = threadIdx.x % 32;
   if (lane == 0) {
-    cuda::mbarrier_arrive_expect(&s.keys_full, sizeof s.k + sizeof s.v);
-    load_rows<kOwnPanel>(s.k, s.v, &maps.k, &maps.v, &s.keys_full, head, key);
+    cuda::mbarrier_arrive_expect(&s.barriers.own_full, sizeof s.k + sizeof s.v);
+    load_rows<kOwnPanel>(s.k, s.v, &maps.k, &maps.v, &s.barriers.own_full, head, key);
   }
-  int stage = 0;
-  uint32_t parity = 1;
-  const auto next = [&] {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  };
+  Stage stage{0, 1};
   const int tiles = (a.queries + kTile - 1) / kTile;
   for (int last = tiles - 1; last >= 0; last -= 32) {
     const int own_tile = last - lane;
@@ -46,20 +41,20 @@ __device__ void copy_tiles(const Maps& maps, const Arguments& a, Shared& s, int 
       if (lane == 0) {
         const int row = (last - n) * kTile;
         const int64_t at = int64_t{head} * a.padded + row;
-        cuda::mbarrier_wait(&s.free[stage], parity);
-        s.row[stage] = row, s.whole[stage] = wholes >> n & 1;
-        cuda::mbarrier_arrive_expect(&s.full[stage], sizeof s.q[0] + sizeof s.d_o[0] + sizeof s.bias[0] + sizeof s.delta[0]);
-        load_rows<kTilePanel>(s.q[stage], s.d_o[stage], &maps.q, &maps.d_o, &s.full[stage], head, row);
-        cuda::bulk_load(s.bias[stage], a.bias + at, sizeof s.bias[0], &s.full[stage]);
-        cuda::bulk_load(s.delta[stage], a.delta + at, sizeof s.delta[0], &s.full[stage]);
+        cuda::mbarrier_wait(&s.barriers.free[stage.index], stage.parity);
+        s.row[stage.index] = row, s.whole[stage.index] = wholes >> n & 1;
+        cuda::mbarrier_arrive_expect(&s.barriers.full[stage.index], sizeof s.q[0] + sizeof s.d_o[0] + sizeof s.bias[0] + sizeof s.delta[0]);
+        load_rows<kTilePanel>(s.q[stage.index], s.d_o[stage.index], &maps.q, &maps.d_o, &s.barriers.full[stage.index], head, row);
+        cuda::bulk_load(s.bias[stage.index], a.bias + at, sizeof s.bias[0], &s.barriers.full[stage.index]);
+        cuda::bulk_load(s.delta[stage.index], a.delta + at, sizeof s.delta[0], &s.barriers.full[stage.index]);
       }
-      next();
+      stage.next();
     }
   }
   if (lane != 0) return;
-  cuda::mbarrier_wait(&s.free[stage], parity);
-  s.row[stage] = -1;
-  cuda::mbarrier_arrive(&s.full[stage]);
+  cuda::mbarrier_wait(&s.barriers.free[stage.index], stage.parity);
+  s.row[stage.index] = -1;
+  cuda::mbarrier_arrive(&s.barriers.full[stage.index]);
 }
 
 __device__ void differentiate(const Arguments& a, Shared& s, int first_key, int head) {
@@ -72,31 +67,30 @@ __device__ void differentiate(const Arguments& a, Shared& s, int first_key, int 
 #pragma unroll
   for (int i = 0; i < 64; ++i) dv[i] = 0;
 
-  cuda::mbarrier_wait(&s.keys_full, 0);
-  int stage = 0;
-  uint32_t parity = 0;
+  cuda::mbarrier_wait(&s.barriers.own_full, 0);
+  Stage stage;
   while (true) {
-    cuda::mbarrier_wait(&s.full[stage], parity);
-    const int row = s.row[stage];
+    cuda::mbarrier_wait(&s.barriers.full[stage.index], stage.parity);
+    const int row = s.row[stage.index];
     if (row < 0) break;
     uint32_t p[4][4];
     {
       float x[32];
       cuda::wgmma_fence();
-      multiply<3>(x, k, cuda::operand_along_k(s.q[stage]));
+      multiply<3>(x, k, cuda::operand_along_k(s.q[stage.index]));
       cuda::wgmma_commit();
       cuda::wgmma_wait<0>();
       cuda::wgmma_settle(x);
 #pragma unroll
       for (int b = 0; b < 8; ++b) {
-        const float2 bias = *reinterpret_cast<const float2*>(s.bias[stage] + 8 * b + 2 * quad);
+        const float2 bias = *reinterpret_cast<const float2*>(s.bias[stage.index] + 8 * b + 2 * quad);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          x[4 * b + 2 * h] = exp2_approx(fmaf(x[4 * b + 2 * h], a.scale_log2, bias.x));
-          x[4 * b + 2 * h + 1] = exp2_approx(fmaf(x[4 * b + 2 * h + 1], a.scale_log2, bias.y));
+          x[4 * b + 2 * h] = cuda::exp2_approx(fmaf(x[4 * b + 2 * h], a.scale_log2, bias.x));
+          x[4 * b + 2 * h + 1] = cuda::exp2_approx(fmaf(x[4 * b + 2 * h + 1], a.scale_log2, bias.y));
         }
       }
-      if (!s.whole[stage]) {
+      if (!s.whole[stage.index]) {
 #pragma unroll
         for (int b = 0; b < 8; ++b)
 #pragma unroll
@@ -114,9 +108,9 @@ __device__ void differentiate(const Arguments& a, Shared& s, int first_key, int 
     }
     float dp[32];
     cuda::wgmma_fence();
-    multiply<2>(dp, v, cuda::operand_along_k(s.d_o[stage]));
+    multiply<2>(dp, v, cuda::operand_along_k(s.d_o[stage.index]));
     cuda::wgmma_commit();
-    const uint64_t across = cuda::operand_across_k(s.d_o[stage], kTilePanel);
+    const uint64_t across = cuda::operand_across_k(s.d_o[stage.index], kTilePanel);
 #pragma unroll
     for (int j = 0; j < 4; ++j) cuda::wgmma_bf16_n128<true>(dv, p[j], across + 128 * j);
     cuda::wgmma_commit();
@@ -128,17 +122,17 @@ __device__ void differentiate(const Arguments& a, Shared& s, int first_key, int 
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const int i = accumulator(j, n);
-        const float2 delta = *reinterpret_cast<const float2*>(s.delta[stage] + i / 4 * 8 + 2 * quad);
-        ds[j][n] = cuda::pack(low_half(p[j][n]) * (dp[i] - delta.x), high_half(p[j][n]) * (dp[i + 1] - delta.y));
+        const float2 delta = *reinterpret_cast<const float2*>(s.delta[stage.index] + i / 4 * 8 + 2 * quad);
+        ds[j][n] = cuda::pack(cuda::low_half(p[j][n]) * (dp[i] - delta.x), cuda::high_half(p[j][n]) * (dp[i + 1] - delta.y));
       }
     cuda::wgmma_fence();
-    accumulate(dk, ds, s.q[stage]);
+    accumulate(dk, ds, s.q[stage.index]);
     cuda::wgmma_commit();
     cuda::wgmma_wait<0>();
     cuda::wgmma_settle(dv);
     cuda::wgmma_settle(dk);
-    cuda::mbarrier_arrive(&s.free[stage]);
-    if (++stage == kStages) stage = 0, parity ^= 1;
+    cuda::mbarrier_arrive(&s.barriers.free[stage.index]);
+    stage.next();
   }
 
 #pragma unroll
@@ -155,12 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1) key_gradients(const __grid_consta
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int tiles = (a.keys + kOwn - 1) / kOwn, head = blockIdx.x / tiles, key = blockIdx.x % tiles * kOwn;
   if (threadIdx.x == 0) {
-    cuda::mbarrier_init(&s.keys_full, 1);
-    for (int i = 0; i < kStages; ++i) {
-      cuda::mbarrier_init(&s.full[i], 1);
-      cuda::mbarrier_init(&s.free[i], 256);
-    }
-    cuda::mbarrier_init_fence();
+    s.barriers.init();
   }
   __syncthreads();
   if (threadIdx.x / 128 == 2) {
@@ -175,12 +164,7 @@ __global__ void __launch_bounds__(kThreads, 1) key_gradients(const __grid_consta
 }  // namespace
 
 void launch_keys(const Maps& maps, const Arguments& a, CUstream_st* stream) {
-  constexpr int kBytes = sizeof(Shared);
-  static_assert(kBytes <= 227 * 1024, "more than a Hopper block may have");
-  cuda::check(cudaFuncSetAttribute(key_gradients, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-              "reserve shared memory for dense attention's key gradients");
-  key_gradients<<<static_cast<unsigned>(int64_t{a.keys + kOwn - 1} / kOwn * a.heads), kThreads, kBytes, stream>>>(maps, a);
-  cuda::check(cudaGetLastError(), "launch dense attention's key gradients");
+  launch<Shared>(key_gradients, (a.keys + kOwn - 1) / kOwn, "launch dense attention's key gradients", maps, a, stream);
 }
 
 }  // namespace dense_mla_sm90

@@ -4,7 +4,6 @@
 // have most keys, come first.
 #include <climits>
 
-#include "kernels/cuda/check.h"
 #include "kernels/dense_mla/sm90_backward.cuh"
 
 namespace dsa {
@@ -16,20 +15,19 @@ struct Shared {
   alignas(1024) char d_o[2 * kOwnPanel];
   alignas(1024) char k[kStages][3 * kTilePanel];
   alignas(1024) char v[kStages][2 * kTilePanel];
-  uint64_t rows_full, full[kStages], free[kStages];
+  Barriers barriers;
   Bounds bounds;  // of all rows
 };
 
 __device__ void copy_tiles(const Maps& maps, Shared& s, int row, int head) {
-  cuda::mbarrier_arrive_expect(&s.rows_full, sizeof s.q + sizeof s.d_o);
-  load_rows<kOwnPanel>(s.q, s.d_o, &maps.q, &maps.d_o, &s.rows_full, head, row);
-  int stage = 0;
-  uint32_t parity = 1;
+  cuda::mbarrier_arrive_expect(&s.barriers.own_full, sizeof s.q + sizeof s.d_o);
+  load_rows<kOwnPanel>(s.q, s.d_o, &maps.q, &maps.d_o, &s.barriers.own_full, head, row);
+  Stage stage{0, 1};
   for (int key = s.bounds.first / kTile * kTile; key < s.bounds.last; key += kTile) {
-    cuda::mbarrier_wait(&s.free[stage], parity);
-    cuda::mbarrier_arrive_expect(&s.full[stage], sizeof s.k[0] + sizeof s.v[0]);
-    load_rows<kTilePanel>(s.k[stage], s.v[stage], &maps.k, &maps.v, &s.full[stage], head, key);
-    if (++stage == kStages) stage = 0, parity ^= 1;
+    cuda::mbarrier_wait(&s.barriers.free[stage.index], stage.parity);
+    cuda::mbarrier_arrive_expect(&s.barriers.full[stage.index], sizeof s.k[0] + sizeof s.v[0]);
+    load_rows<kTilePanel>(s.k[stage.index], s.v[stage.index], &maps.k, &maps.v, &s.barriers.full[stage.index], head, key);
+    stage.next();
   }
 }
 
@@ -42,8 +40,8 @@ __device__ __forceinline__ float dot(const __nv_bfloat16* x, const __nv_bfloat16
     const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      sum = fmaf(low_half(left[j]), low_half(right[j]), sum);
-      sum = fmaf(high_half(left[j]), high_half(right[j]), sum);
+      sum = fmaf(cuda::low_half(left[j]), cuda::low_half(right[j]), sum);
+      sum = fmaf(cuda::high_half(left[j]), cuda::high_half(right[j]), sum);
     }
   }
   return sum;
@@ -77,22 +75,21 @@ __device__ void differentiate(const Arguments& a, Shared& s, int first_row, int 
 #pragma unroll
   for (int i = 0; i < 96; ++i) dq[i] = 0;
 
-  cuda::mbarrier_wait(&s.rows_full, 0);
+  cuda::mbarrier_wait(&s.barriers.own_full, 0);
   const Bounds bounds = s.bounds;
-  int stage = 0;
-  uint32_t parity = 0;
+  Stage stage;
   for (int key = bounds.first / kTile * kTile; key < bounds.last; key += kTile) {
-    cuda::mbarrier_wait(&s.full[stage], parity);
+    cuda::mbarrier_wait(&s.barriers.full[stage.index], stage.parity);
     float x[32], dp[32];
     cuda::wgmma_fence();
-    multiply<3>(x, q, cuda::operand_along_k(s.k[stage]));
+    multiply<3>(x, q, cuda::operand_along_k(s.k[stage.index]));
     cuda::wgmma_commit();
-    multiply<2>(dp, d_o, cuda::operand_along_k(s.v[stage]));
+    multiply<2>(dp, d_o, cuda::operand_along_k(s.v[stage.index]));
     cuda::wgmma_commit();
     cuda::wgmma_wait<1>();
     cuda::wgmma_settle(x);
 #pragma unroll
-    for (int i = 0; i < 32; ++i) x[i] = exp2_approx(fmaf(x[i], a.scale_log2, bias[i / 2 % 2]));
+    for (int i = 0; i < 32; ++i) x[i] = cuda::exp2_approx(fmaf(x[i], a.scale_log2, bias[i / 2 % 2]));
     if (key < bounds.all_first || key + kTile > bounds.all_last) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
@@ -111,12 +108,12 @@ __device__ void differentiate(const Arguments& a, Shared& s, int first_row, int 
         ds[j][n] = cuda::pack(x[i] * (dp[i] - delta[n % 2]), x[i + 1] * (dp[i + 1] - delta[n % 2]));
       }
     cuda::wgmma_fence();
-    accumulate(dq, ds, s.k[stage]);
+    accumulate(dq, ds, s.k[stage.index]);
     cuda::wgmma_commit();
     cuda::wgmma_wait<0>();
     cuda::wgmma_settle(dq);
-    cuda::mbarrier_arrive(&s.free[stage]);
-    if (++stage == kStages) stage = 0, parity ^= 1;
+    cuda::mbarrier_arrive(&s.barriers.free[stage.index]);
+    stage.next();
   }
 
 #pragma unroll
@@ -135,12 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1) query_gradients(const __grid_cons
     const Bounds one = a.bounds[2 * tile], other = a.bounds[2 * tile + 1];
     s.bounds = {min(one.first, other.first), max(one.last, other.last), max(one.all_first, other.all_first),
                 min(one.all_last, other.all_last)};
-    cuda::mbarrier_init(&s.rows_full, 1);
-    for (int i = 0; i < kStages; ++i) {
-      cuda::mbarrier_init(&s.full[i], 1);
-      cuda::mbarrier_init(&s.free[i], 256);
-    }
-    cuda::mbarrier_init_fence();
+    s.barriers.init();
   }
   __syncthreads();
   if (threadIdx.x / 128 == 2) {
@@ -155,12 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1) query_gradients(const __grid_cons
 }  // namespace
 
 void launch_queries(const Maps& maps, const Arguments& a, CUstream_st* stream) {
-  constexpr int kBytes = sizeof(Shared);
-  static_assert(kBytes <= 227 * 1024, "more than a Hopper block may have");
-  cuda::check(cudaFuncSetAttribute(query_gradients, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-              "reserve shared memory for dense attention's query gradient");
-  query_gradients<<<static_cast<unsigned>(int64_t{a.padded} / kOwn * a.heads), kThreads, kBytes, stream>>>(maps, a);
-  cuda::check(cudaGetLastError(), "launch dense attention's query gradient");
+  launch<Shared>(query_gradients, a.padded / kOwn, "launch dense attention's query gradient", maps, a, stream);
 }
 
 }  // namespace dense_mla_sm90

@@ -86,13 +86,7 @@ using cuda::pack;
 // Every lane that reads a buffer arrives at the barrier that frees it: compute-sanitizer credits an arrival to its lane alone.
 constexpr int kReaders = 256;
 
-struct Stage {
-  int index = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++index == kStages) index = 0, parity ^= 1;
-  }
-};
+using Stage = cuda::Stage<kStages>;
 
 void launch_queries(const Maps& maps, const Arguments& a, cudaStream_t stream);
 /// workspace: keys_workspace_bytes, 16-byte aligned.

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/arithmetic.cuh"
 #include "kernels/cuda/pace.cuh"
 #include "kernels/indexer_kl/params.h"
 
@@ -17,11 +18,8 @@ constexpr int kTileRows = 128, kTileKeys = 256;  // of a block; its partial sums
 constexpr int kRowShare = 2;                     // blocks of a cluster: the same keys, neighbouring rows
 constexpr int kClusterRows = kTileRows * kRowShare;
 
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+using cuda::exp2_approx;
+
 __device__ __forceinline__ float log2_approx(float x) {
   float y;
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -24,6 +24,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/cuda/arithmetic.cuh"
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/pace.cuh"
@@ -371,8 +372,8 @@ __device__ __forceinline__ uint32_t signs(float low, float high) {
   asm("prmt.b32 %0, %1, %2, 0xFFBB;" : "=r"(y) : "r"(__float_as_uint(low)), "r"(__float_as_uint(high)));
   return y;
 }
-__device__ __forceinline__ float low_half(uint32_t two) { return __uint_as_float(two << 16); }
-__device__ __forceinline__ float high_half(uint32_t two) { return __uint_as_float(two & 0xFFFF0000u); }
+using cuda::high_half;
+using cuda::low_half;
 
 __device__ void differentiate(const CUtensorMap* map_q, const Arguments& a, Shared& s) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, row = warp * 16 + lane / 4, quad = lane % 4;

@@ -65,14 +65,6 @@ struct Shared {
   uint64_t q_full[kQueryStages], q_empty[kQueryStages], k_full[kKeyStages], k_empty[kKeyStages], rope_full, rope_empty;
 };
 
-struct Stage {
-  int index = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void next(int stages) {
-    if (++index == stages) index = 0, phase ^= 1;
-  }
-};
-
 __device__ __forceinline__ int cluster_index() { return blockIdx.x / kRowShare; }
 __device__ __forceinline__ int clusters() { return gridDim.x / kRowShare; }
 
@@ -85,7 +77,8 @@ template <bool kLoss>
 __device__ void copy_tiles(const CUtensorMap* map_q, const CUtensorMap* map_k, const CUtensorMap* map_rope, const Arguments& a, Shared& s) {
   const int rank = cuda::cluster_rank(), count = *a.tile_count;
   constexpr int kKeyShare = kTileKeys / 2 / kRowShare;  // keys of a half that this block copies
-  Stage q, k;
+  cuda::Stage<kQueryStages> q;
+  cuda::Stage<kKeyStages> k;
   uint32_t rope_phase = 1;
   cuda::Pace pace{a.pace};
   const int together = count / clusters() * clusters();  // tiles of rounds in which every cluster has one
@@ -100,18 +93,18 @@ __device__ void copy_tiles(const CUtensorMap* map_q, const CUtensorMap* map_k, c
                         key + half * (kTileKeys / 2) + rank * kKeyShare, kAllBlocks);
     for (int h = 0; h < a.heads; ++h) {
       if (rank == 0 && h % kPaceHeads == 0 && i < together) pace.begin_step(clusters());
-      cuda::mbarrier_wait(&s.q_empty[q.index], q.phase ^ 1);
+      cuda::mbarrier_wait(&s.q_empty[q.index], q.parity ^ 1);
       cuda::mbarrier_arrive_expect(&s.q_full[q.index], kQueryBytes);
       for (int panel = 0; panel < 3; ++panel)
         cuda::tma_load_3d(s.q[q.index] + panel * kQueryPanel, map_q, &s.q_full[q.index], panel * 64, h, row);
-      q.next(kQueryStages);
+      q.next();
       for (int half = 0; half < 2; ++half) {
-        cuda::mbarrier_wait(&s.k_empty[k.index], k.phase ^ 1);
+        cuda::mbarrier_wait(&s.k_empty[k.index], k.parity ^ 1);
         cuda::mbarrier_arrive_expect(&s.k_full[k.index], kKeyBytes);
         for (int panel = 0; panel < 2; ++panel)
           cuda::tma_load_3d(s.k[k.index] + panel * kKeyPanel + rank * kKeyShare * kPanelRowBytes, map_k, &s.k_full[k.index],
                             panel * 64, h, key + half * (kTileKeys / 2) + rank * kKeyShare, kAllBlocks);
-        k.next(kKeyStages);
+        k.next();
       }
       if constexpr (kLoss) {  // the scores of some rows of the tile, which the last head's step will read
         for (int r = h * kTileRows / a.heads; r < (h + 1) * kTileRows / a.heads && row + r < a.queries; ++r) {
@@ -212,7 +205,8 @@ __device__ void sum_heads(const Arguments& a, Shared& s) {
   const uint32_t barriers = cuda::keep(cuda::shared_address(s.q_full));
   const auto address = [&](const uint64_t* b) { return barriers + static_cast<uint32_t>(reinterpret_cast<const char*>(b) - reinterpret_cast<const char*>(s.q_full)); };
   const uint32_t q_full = address(s.q_full), q_empty = address(s.q_empty), k_full = address(s.k_full), k_empty = address(s.k_empty);
-  Stage q, k;
+  cuda::Stage<kQueryStages> q;
+  cuda::Stage<kKeyStages> k;
   uint32_t rope_phase = 0;
   if (group == 1) turn_pass(group);
   for (int i = cluster_index(); i < count; i += clusters()) {
@@ -229,11 +223,11 @@ __device__ void sum_heads(const Arguments& a, Shared& s) {
     for (int h = 0; h < a.heads; ++h) {
       bias[0] *= -kLog2e, bias[1] *= -kLog2e;
       float next[2];
-      cuda::mbarrier_wait(q_full + q.index * 8, q.phase);
+      cuda::mbarrier_wait(q_full + q.index * 8, q.parity);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float scores[64];
-        cuda::mbarrier_wait(k_full + k.index * 8, k.phase);
+        cuda::mbarrier_wait(k_full + k.index * 8, k.parity);
         multiply(scores, q_operand + q.index * (kQueryBytes / 16), k_operand + k.index * (kKeyBytes / 16), rope + half * (kKeyPanel / 16), group);
         if (half == 1) {
           const int64_t other = min(h + 1, a.heads - 1) * a.lse_head_stride;
@@ -245,12 +239,12 @@ __device__ void sum_heads(const Arguments& a, Shared& s) {
           if (lane == 0) cuda::mbarrier_arrive(q_empty + q.index * 8);
           if (h == a.heads - 1 && lane < kRowShare) cuda::mbarrier_arrive_at(address(&s.rope_empty), lane);
         }
-        k.next(kKeyStages);
+        k.next();
         cuda::wgmma_settle(scores);
 #pragma unroll
         for (int j = 0; j < 64; ++j) mass[half][j] += exp2_approx(fmaf(scores[j], a.scale_log2, bias[j / 2 % 2]));
       }
-      q.next(kQueryStages);
+      q.next();
       bias[0] = next[0], bias[1] = next[1];
     }
     finish<kLoss>(mass, a, row, tile.y * kTileKeys + 2 * (lane % 4), tile.y);

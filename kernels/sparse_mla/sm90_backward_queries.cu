@@ -220,7 +220,7 @@ __device__ void differentiate(const Arguments& a, Shared& s) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int i = 4 * b + 2 * h + e;
-            weight[e] = has ? exp2_fast(fmaf(d[i], a.scale_log2, e ? -terms.y : -terms.x)) : 0.f;
+            weight[e] = has ? exp2_approx(fmaf(d[i], a.scale_log2, e ? -terms.y : -terms.x)) : 0.f;
             slope[e] = weight[e] * fmaf(d[16 + i], a.scale, e ? -terms.w : -terms.z);
           }
           sums[b] = weight[0] + weight[1];

@@ -162,7 +162,7 @@ __device__ void score_tiles(const CUtensorMap* map_q, const Arguments& a, Shared
       float e[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        e[j] = exp2_fast(fmaf(d[8 * i + j], a.scale_log2, -maximum[j % 4 / 2]));
+        e[j] = exp2_approx(fmaf(d[8 * i + j], a.scale_log2, -maximum[j % 4 / 2]));
         by_row[j % 4 / 2] += e[j];
       }
       cuda::store_matrices(to ^ (i << 5), pack(e[0], e[1]), pack(e[2], e[3]), pack(e[4], e[5]), pack(e[6], e[7]));
@@ -190,7 +190,7 @@ __device__ void score_tiles(const CUtensorMap* map_q, const Arguments& a, Shared
       for (int h = 0; h < 2; ++h) {
         greatest[h] = fmaxf(greatest[h], __shfl_xor_sync(~0u, greatest[h], 1));
         greatest[h] = fmaxf(greatest[h], __shfl_xor_sync(~0u, greatest[h], 2)) * a.scale_log2;
-        const float m = fmaxf(maximum[h], greatest[h]), by = exp2_fast(maximum[h] - m);
+        const float m = fmaxf(maximum[h], greatest[h]), by = exp2_approx(maximum[h] - m);
         maximum[h] = m;
         sum[h] *= by;
         if (lane % 4 == 0) s.factor[tile_ring.at][head_row + 8 * h] = by;

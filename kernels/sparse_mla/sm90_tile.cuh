@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/arithmetic.cuh"
 #include "kernels/cuda/async_copy.cuh"
 #include "kernels/cuda/tma.cuh"
 #include "kernels/cuda/wgmma_bf16.cuh"
@@ -88,13 +89,8 @@ struct Gather {
 
 __device__ __forceinline__ int tiles_of(int length) { return (length + kTile - 1) / kTile; }
 
+using cuda::exp2_approx;
 using cuda::pack;
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 /// Words w[b] of the four lanes of a quad, transposed: lane q is left with word q of each lane, in order.
 __device__ __forceinline__ uint4 transpose_quad(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) {
